@@ -1,0 +1,134 @@
+"""A report: all findings, quiet rules and rules that could not be judged, after one visit."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import msgspec
+
+from doctor.rule import Confidence, Finding, Severity, Unjudged
+from doctor.snapshot import Node, Snapshot, Source, Unseen, Why
+
+SCHEMA = 1
+"""Version of the JSON report; a field that changes its meaning raises it."""
+
+
+class Verdict(enum.Enum):
+    """The answer in one word."""
+
+    CLEAR = "clear"
+    NOTICE = "notice"
+    WARNING = "warning"
+    CRITICAL = "critical"
+    INCOMPLETE = "incomplete"
+    """Nothing fired, and an essential source was unseen."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 clear or notice, 1 warning, 2 critical, 3 incomplete."""
+        return {"clear": 0, "notice": 0, "warning": 1, "critical": 2, "incomplete": 3}[self.value]
+
+
+class ReportedFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """A finding in its place in the chain of causes."""
+
+    finding: Finding
+    caused_by: tuple[str, ...] = ()
+    """Failure modes of the findings above it that explain it; empty: a root cause."""
+    depth: int = 0
+    """0 for a root cause, 1 for its consequence, …"""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wrong with the node, why, and what could not be told."""
+
+    at: float
+    node: Node
+    verdict: Verdict
+    findings: tuple[ReportedFinding, ...]
+    """Root causes first, worst first; each with its consequences right behind it."""
+    unjudged: tuple[Unjudged, ...]
+    quiet: tuple[str, ...]
+    """Failure modes that were asked about and are not there."""
+    unseen: tuple[Unseen, ...]
+    snapshot: Snapshot
+    """The visit that was judged, for an exporter that shows values."""
+
+    @property
+    def roots(self) -> tuple[ReportedFinding, ...]:
+        """The root cause of each incident."""
+        return tuple(f for f in self.findings if f.depth == 0)
+
+
+def essential_sources(snapshot: Snapshot) -> frozenset[Source]:
+    """Return the sources without which silence says nothing."""
+    essential = {Source.NVML, Source.KERNEL_LOG}
+    if any(engine.kind == "vllm" for engine in snapshot.engines):
+        essential |= {Source.ENGINE_LOG, Source.ENGINE_METRICS}
+    return frozenset(essential)
+
+
+def verdict_of(findings: Sequence[Finding], snapshot: Snapshot, optional: frozenset[Source]) -> Verdict:
+    """Return the verdict: the worst finding's, else whether something essential was unseen."""
+    worst = max((f.severity for f in findings if f.severity is not None), default=None)
+    if worst is not None and worst > Severity.NOTICE:
+        return Verdict.CRITICAL if worst is Severity.CRITICAL else Verdict.WARNING
+    for source in essential_sources(snapshot) - optional:
+        why = snapshot.why_unseen(source)
+        if why is not None and why.why is not Why.NOT_GIVEN:
+            return Verdict.INCOMPLETE
+    return Verdict.CLEAR if worst is None else Verdict.NOTICE
+
+
+SIMULTANEOUS_SECONDS = 120.0
+"""A cause may be seen this much later than its consequence: log stamps, kernel stamps and visits differ.
+
+guess: two visits of the slowest collector."""
+
+
+def _may_cause(cause: Finding, consequence: Finding) -> bool:
+    if consequence.failure_mode not in cause.explains or not cause.subject.overlaps(consequence.subject):
+        return False
+    if cause.since is None or consequence.since is None:
+        return True
+    return cause.since <= consequence.since + SIMULTANEOUS_SECONDS
+
+
+def in_order_of_cause(findings: Sequence[Finding]) -> tuple[ReportedFinding, ...]:
+    """Put root causes first, worst first, each with its consequences behind it, depth first."""
+    causes = {
+        i: [j for j, cause in enumerate(findings) if j != i and _may_cause(cause, f)] for i, f in enumerate(findings)
+    }
+
+    def rank(i: int) -> tuple[int, int, float, str, str]:
+        f = findings[i]
+        since = f.since if f.since is not None else float("inf")
+        return (-(f.severity or Severity.NOTICE), -(f.confidence or Confidence.LOW), since, f.failure_mode, f.summary)
+
+    placed: dict[int, ReportedFinding] = {}
+
+    def place(i: int, depth: int) -> None:
+        if i in placed:
+            return
+        caused_by = tuple(sorted({findings[j].failure_mode for j in causes[i]})) if depth else ()
+        placed[i] = ReportedFinding(finding=findings[i], caused_by=caused_by, depth=depth)
+        for j in sorted((j for j in causes if i in causes[j]), key=rank):
+            place(j, depth + 1)
+
+    def weight(i: int) -> tuple[int, tuple[int, int, float, str, str]]:
+        """Rank an incident by its worst member, so that a notice that explains an outage comes first."""
+        reached, todo = {i}, [i]
+        while todo:
+            step = todo.pop()
+            for j, of_j in causes.items():
+                if step in of_j and j not in reached:
+                    reached.add(j)
+                    todo.append(j)
+        return (min(rank(j)[0] for j in reached), rank(i))
+
+    for i in sorted((i for i in causes if not causes[i]), key=weight):
+        place(i, 0)
+    for i in sorted(causes, key=weight):  # two rules that explain each other: the worse one leads
+        place(i, 0)
+    return tuple(placed.values())

@@ -1,0 +1,1 @@
+"""A report goes out: one module a form."""
