@@ -1,0 +1,57 @@
+"""What a collector is: one source, one deadline, and it says what it could not see."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+
+from doctor.snapshot import Absent, Engine, Source, Unseen
+
+
+class Visit(msgspec.Struct, frozen=True, kw_only=True):
+    """What a collector is told about the visit that it works for."""
+
+    at: float
+    """Unix time, seconds."""
+    engines: tuple[Engine, ...] = ()
+    """The engines found by the process collector in this visit; empty for collectors that run beside it."""
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """What a collector saw."""
+
+    fields: dict[str, Any] = {}
+    """Fields of `Snapshot` and their values."""
+    engine_fields: dict[str, dict[str, Any]] = {}
+    """`Engine.id` → fields of that `Engine` and their values."""
+    unseen: tuple[Unseen, ...] = ()
+    """Parts that could not be seen; the source itself counts as seen."""
+
+
+class CannotSeeError(Exception):
+    """A whole source could not be seen; it becomes `Unseen(source, why)`."""
+
+    def __init__(self, why: Absent, fields: dict[str, Any] | None = None) -> None:
+        super().__init__(str(why))
+        self.why = why
+        self.fields = fields or {}
+        """What can be said all the same, e.g. `nvml_blocked_seconds`."""
+
+
+class Collector(Protocol):
+    """One source. A collector keeps what it needs between visits (an offset, a child process) to itself."""
+
+    source: Source
+    deadline_seconds: float
+    """The visit does not wait longer."""
+    after_engines: bool
+    """Whether it must know the engines first."""
+
+    def collect(self, visit: Visit) -> Reading:
+        """Look once. Raises CannotSeeError when the whole source is missing."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything: files, children, sockets."""
+        ...
