@@ -1,0 +1,230 @@
+"""The report for a person at a terminal: the verdict, each incident with its root cause first, then the blind spots."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from doctor.report import Report, ReportedFinding, Verdict
+from doctor.rule import Evidence, Finding, Severity
+from doctor.snapshot import Snapshot, Unseen, Why, known, or_none
+from exporters.terminal import Terminal, wrapped
+from exporters.wording import (
+    FILES,
+    SOURCE_NAMES,
+    counted,
+    gpu_number,
+    headline,
+    listed,
+    moment,
+    plain,
+    remedy,
+    severity_of,
+    who,
+)
+
+LABEL = 9
+"""Columns of `who`, `proof`, `try` and `runbook`."""
+
+PROOFS_OF_A_CAUSE = 5
+PROOFS_OF_A_CONSEQUENCE = 2
+LINES_OF_A_PROOF = 3
+
+ABOUT_LINKS = frozenset({"pcie-fallback", "nvlink-degraded", "nvlink-errors", "p2p-blocked", "nvswitch-fabric-fault"})
+"""Failure modes that the matrix of the topology helps to see."""
+
+EXPECTED_GAPS = frozenset({Why.NOT_SUPPORTED, Why.NOT_PRESENT, Why.NOT_ASKED, Why.NOT_GIVEN})
+"""Parts that are missing for these reasons need no line: nobody can do anything about them on this node."""
+
+
+def render(report: Report, terminal: Terminal | None = None) -> str:
+    """Return the report as text that ends with a newline."""
+    terminal = terminal or Terminal()
+    lines = [*_verdict(report, terminal), *_incidents(report, terminal)]
+    if any(_is_about_links(reported.finding) for reported in report.findings):
+        lines += _topology(report, terminal)
+    lines += [*_unjudged(report, terminal), *_unseen(report, terminal), *_quiet(report, terminal)]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(report: Report, terminal: Terminal) -> Iterator[str]:
+    paint = {
+        Verdict.CRITICAL: terminal.red,
+        Verdict.WARNING: terminal.yellow,
+        Verdict.INCOMPLETE: terminal.yellow,
+        Verdict.NOTICE: terminal.cyan,
+        Verdict.CLEAR: terminal.green,
+    }[report.verdict]
+    word = report.verdict.value.upper()
+    first, *rest = wrapped(headline(report), terminal.width, first=f"{word}  ")
+    yield paint(word) + first[len(word) :]
+    yield from rest
+    for line in wrapped(_node(report), terminal.width):
+        yield terminal.dim(line)
+
+
+def _node(report: Report) -> str:
+    snapshot = report.snapshot
+    gpus = Counter(plain(or_none(gpu.name) or "GPU") for gpu in snapshot.gpus)
+    driver = or_none(snapshot.stack.driver)
+    parts = [
+        plain(report.node.name) or "this node",
+        moment(report.at),
+        *(f"{number}× {name}" for name, number in gpus.items()),
+        *([f"driver {plain(driver)}"] if driver else []),
+        *(["simulated"] if report.node.simulated else []),
+    ]
+    return ", ".join(parts)
+
+
+def _incidents(report: Report, terminal: Terminal) -> Iterator[str]:
+    number = 0
+    advised: dict[tuple[str, ...], int] = {}
+    for reported in report.findings:
+        yield ""
+        if reported.depth == 0:
+            number += 1
+            yield from _cause(reported.finding, report.snapshot, terminal, number, advised)
+        else:
+            yield from _consequence(reported, report.snapshot, terminal)
+
+
+def _cause(
+    finding: Finding, snapshot: Snapshot, terminal: Terminal, number: int, advised: dict[tuple[str, ...], int]
+) -> Iterator[str]:
+    lead = f"{number}. "
+    indent = " " * len(lead)
+    yield from _name(finding, terminal, lead, indent)
+    yield from wrapped(plain(finding.summary), terminal.width, first=indent)
+    about = who(finding, snapshot)
+    if about:
+        yield from _labelled("who", [about], terminal, indent)
+    yield from _labelled("proof", _proofs(finding.evidence, PROOFS_OF_A_CAUSE), terminal, indent, LINES_OF_A_PROOF)
+    if finding.advice:
+        before = advised.setdefault(finding.advice, number)
+        steps = [f"{i}. {plain(step)}" for i, step in enumerate(finding.advice, 1)]
+        yield from _labelled("try", steps if before == number else [f"as for {before}."], terminal, indent)
+    yield from _labelled("runbook", [f"gpu-doctor explain {finding.failure_mode}"], terminal, indent)
+
+
+def _consequence(reported: ReportedFinding, snapshot: Snapshot, terminal: Terminal) -> Iterator[str]:
+    finding = reported.finding
+    lead = "   " * reported.depth + "└─ "
+    indent = " " * len(lead)
+    yield from _name(finding, terminal, lead, indent, because=f"because of {listed(reported.caused_by)}")
+    yield from wrapped(plain(finding.summary), terminal.width, first=indent)
+    about = who(finding, snapshot)
+    if about:
+        yield from _labelled("who", [about], terminal, indent)
+    proofs = _proofs(finding.evidence, PROOFS_OF_A_CONSEQUENCE)
+    yield from _labelled("proof", proofs, terminal, indent, LINES_OF_A_PROOF)
+
+
+def _name(finding: Finding, terminal: Terminal, lead: str, indent: str, because: str = "") -> Iterator[str]:
+    severity = severity_of(finding)
+    paint = {Severity.CRITICAL: terminal.red, Severity.WARNING: terminal.yellow, Severity.NOTICE: terminal.cyan}[
+        severity
+    ]
+    facts = [
+        f"{severity.word}, {finding.confidence.word} confidence",
+        *([because] if because else []),
+        *([f"since {moment(finding.since)}"] if finding.since is not None else []),
+    ]
+    first, *rest = wrapped(f"{finding.failure_mode} ({'; '.join(facts)})", terminal.width, first=lead, rest=indent)
+    yield first.replace(finding.failure_mode, paint(finding.failure_mode), 1)
+    yield from rest
+
+
+def _proofs(evidence: tuple[Evidence, ...], most: int) -> list[str]:
+    proofs = [_proof(piece) for piece in evidence[:most]]
+    left = len(evidence) - len(proofs)
+    return [*proofs, f"and {left} more; `--format json` shows all"] if left > 0 else proofs
+
+
+def _proof(piece: Evidence) -> str:
+    place = " ".join(filter(None, (plain(piece.source), plain(piece.where))))
+    return ": ".join(filter(None, (place, plain(piece.text))))
+
+
+def _labelled(
+    label: str, texts: Iterable[str], terminal: Terminal, indent: str, most: int | None = None
+) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        lead = indent + (label if number == 0 else "").ljust(LABEL)
+        first, *rest = wrapped(text, terminal.width, first=lead, rest=" " * (len(lead) + 2), most=most)
+        yield first.replace(label, terminal.dim(label), 1) if number == 0 else first
+        yield from rest
+
+
+def _is_about_links(finding: Finding) -> bool:
+    return finding.failure_mode in ABOUT_LINKS or bool(finding.subject.links)
+
+
+def _topology(report: Report, terminal: Terminal) -> list[str]:
+    snapshot = report.snapshot
+    ways: dict[tuple[int, int], str] = {}
+    for pair in snapshot.pairs:
+        first, second = gpu_number(pair.first, snapshot), gpu_number(pair.second, snapshot)
+        if first is None or second is None:
+            continue
+        way = f"NV{pair.nvlinks}" if known(pair.nvlinks) and pair.nvlinks else plain(or_none(pair.ancestor) or "?")
+        ways[first, second] = ways[second, first] = way
+    numbers = sorted({number for pair in ways for number in pair})
+    cell = 1 + max((len(way) for way in ways.values()), default=0)
+    if not numbers or (cell := max(cell, 6)) * (len(numbers) + 1) + 2 > terminal.width:
+        return []
+    found = {
+        gpu_number(gpu, snapshot)
+        for reported in report.findings
+        if _is_about_links(reported.finding)
+        for gpu in reported.finding.subject.gpus
+    }
+    lines = ["", f"{terminal.bold('Topology')} (NVn: n NVLinks; otherwise the way over PCIe; * named above)"]
+    lines.append("  " + "".join(word.rjust(cell) for word in ("", *(f"GPU{n}" for n in numbers))))
+    for row in numbers:
+        name = f"{'*' if row in found else ''}GPU{row}"
+        cells = ("X" if row == column else ways.get((row, column), "?") for column in numbers)
+        lines.append("  " + "".join(word.rjust(cell) for word in (name, *cells)))
+    return lines
+
+
+def _unjudged(report: Report, terminal: Terminal) -> Iterator[str]:
+    if not report.unjudged:
+        return
+    asked = len(report.unjudged) + len(report.quiet) + len({f.finding.failure_mode for f in report.findings})
+    yield ""
+    yield f"{terminal.bold('Could not be judged')}: {len(report.unjudged)} of {counted(asked, 'failure mode')}"
+    reasons: dict[str, list[str]] = {}
+    for unjudged in report.unjudged:
+        reasons.setdefault(plain(str(unjudged.why)), []).append(unjudged.failure_mode)
+    for reason, failure_modes in reasons.items():
+        yield from wrapped(f"{', '.join(failure_modes)}: {reason}", terminal.width, first="  - ")
+
+
+def _unseen(report: Report, terminal: Terminal) -> Iterator[str]:
+    gaps: dict[tuple[str, str], list[Unseen]] = {}
+    not_given: list[str] = []
+    for unseen in report.unseen:
+        if unseen.why.why is Why.NOT_GIVEN and not unseen.what:
+            not_given.append(FILES[unseen.source])
+        elif not unseen.what or unseen.why.why not in EXPECTED_GAPS:
+            gaps.setdefault((SOURCE_NAMES[unseen.source], plain(str(unseen.why))), []).append(unseen)
+    if gaps:
+        yield ""
+        yield f"{terminal.bold('Not seen')}, and how to change that"
+    for (source, reason), unseen in gaps.items():
+        parts = listed([plain(u.what) for u in unseen if u.what], most=3)
+        yield from wrapped(f"{source}{f', {parts}' if parts else ''}: {reason}", terminal.width, first="  - ")
+        help_with_it = remedy(unseen[0].source, unseen[0].why)
+        if help_with_it:
+            yield from wrapped(help_with_it, terminal.width, first="    → ")
+    if not_given:
+        yield ""
+        yield from wrapped(f"To judge more, give `triage` also {listed(dict.fromkeys(not_given))}.", terminal.width)
+
+
+def _quiet(report: Report, terminal: Terminal) -> Iterator[str]:
+    if report.quiet and report.findings:
+        yield ""
+        present = f"{counted(len(report.quiet), 'other failure mode')} asked about, not here."
+        yield terminal.dim(present)

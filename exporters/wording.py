@@ -1,0 +1,211 @@
+"""The words that every form of a report shares: clean text, times, the names of things, the verdict in one line."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+
+from doctor.report import Report, Verdict
+from doctor.rule import Finding, Severity
+from doctor.snapshot import Absent, Snapshot, Source, Why, or_none
+
+_ESCAPE = re.compile(
+    r"\x1b(?:"
+    r"\[[0-?]*[ -/]*[@-~]?"  # a control sequence: colours, cursor
+    r"|[\]PX^_](?:[^\x07\x1b\x9c]{0,512}(?:\x07|\x1b\\|\x9c))?"  # a string: titles, links; unended, only its start goes
+    r"|[ -/]*[0-~]?"
+    r")|\x9b[0-?]*[ -/]*[@-~]?"
+)
+"""Terminal escapes as ECMA-48 spells them."""
+
+_SEPARATORS = {"Cc", "Zl", "Zp", "Zs"}
+
+
+def plain(text: str) -> str:
+    """Return text from outside as one printable line: no escapes, no control, direction or invisible characters."""
+    if text.isprintable():
+        return text
+    kept: list[str] = []
+    for character in _ESCAPE.sub("", text):
+        category = unicodedata.category(character)
+        if category in _SEPARATORS:
+            kept.append(" ")
+        elif category == "Cs":
+            kept.append("\N{REPLACEMENT CHARACTER}")
+        elif category not in {"Cf", "Cn", "Co"}:
+            kept.append(character)
+    return " ".join("".join(kept).split())
+
+
+def cut(text: str, width: int) -> str:
+    """Return *text* in at most *width* characters; what was cut off shows as an ellipsis."""
+    return text if len(text) <= width else text[: max(width - 1, 0)].rstrip() + "…"
+
+
+def moment(at: float) -> str:
+    """Return a Unix time as `2026-11-21 03:12:40 UTC`; a time that no calendar holds stays a number."""
+    try:
+        return datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):
+        return f"{at:g} s after 1970"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 finding`, `2 findings`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listed(words: Iterable[str], most: int | None = None) -> str:
+    """Return `a, b and c`; over *most*, `a, b and 7 more`."""
+    words = list(words)
+    if most is not None and len(words) > most + 1:
+        words = [*words[:most], f"{len(words) - most} more"]
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return `0-3, 5` for 0, 1, 2, 3, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def gpu_number(uuid: str, snapshot: Snapshot) -> int | None:
+    """Return NVML's index of a GPU, where this visit tells it."""
+    gpu = snapshot.gpu(uuid)
+    if gpu is not None:
+        return gpu.index
+    prefix, _, number = uuid.partition(":")
+    return int(number) if prefix == "index" and number.isdecimal() else None
+
+
+def gpu_name(uuid: str, snapshot: Snapshot) -> str:
+    """Return `GPU 2 (0000:5d:00.0)`, or what is known of it."""
+    number = gpu_number(uuid, snapshot)
+    if number is None:
+        return plain(uuid)
+    gpu = snapshot.gpu(uuid)
+    address = or_none(gpu.pci_address) if gpu is not None else None
+    return f"GPU {number} ({plain(address)})" if address else f"GPU {number}"
+
+
+def gpu_names(uuids: Sequence[str], snapshot: Snapshot) -> str:
+    """Return up to two GPUs with their addresses, more as `GPUs 0-7`."""
+    numbers = [gpu_number(uuid, snapshot) for uuid in uuids]
+    known = [n for n in numbers if n is not None]
+    if len(uuids) <= 2 or len(known) < len(uuids):  # two with their addresses still fit a line
+        return listed([gpu_name(uuid, snapshot) for uuid in uuids], most=4)
+    return f"GPUs {ranges(known)}"
+
+
+def severity_of(finding: Finding) -> Severity:
+    """Return the severity that a reported finding was stamped with."""
+    return finding.severity or Severity.NOTICE
+
+
+def who(finding: Finding, snapshot: Snapshot) -> str:
+    """Return who a finding is about, in one line; empty where that is the whole node."""
+    subject = finding.subject
+    parts: list[str] = []
+    if subject.gpus:
+        parts.append(gpu_names(subject.gpus, snapshot))
+    of_gpu: dict[str, list[str]] = {}
+    for link in subject.links:
+        uuid, _, number = link.rpartition("/")
+        of_gpu.setdefault(uuid, []).append(plain(number))
+    for uuid, links in of_gpu.items():
+        numbers = ranges(map(int, links)) if all(n.isdecimal() for n in links) else ", ".join(links)
+        name = gpu_name(uuid, snapshot).partition(" (")[0]
+        parts.append(f"NVLink {numbers} of {name}")
+    if subject.ranks:
+        parts.append(f"rank {', '.join(map(plain, subject.ranks))}")
+    if subject.engine:
+        parts.append(engine_name(subject.engine, snapshot))
+    if subject.pids:
+        parts.append(f"pid {', '.join(map(str, subject.pids))}")
+    return "; ".join(parts)
+
+
+def engine_name(engine_id: str, snapshot: Snapshot) -> str:
+    """Return `vllm, pid 4711, unit vllm.service`, or the name of the log in triage."""
+    engine = next((e for e in snapshot.engines if e.id == engine_id), None)
+    if engine is None:
+        return f"engine {plain(engine_id)}"
+    unit = or_none(engine.unit)
+    return f"{plain(engine.kind)}, pid {engine.pid}" + (f", unit {plain(unit)}" if unit else "")
+
+
+def headline(report: Report) -> str:
+    """Return the verdict in one line, without its word."""
+    roots = report.roots
+    if roots:
+        first = roots[0].finding
+        consequences = len(report.findings) - len(roots)
+        return plain(first.title) + "".join(
+            (
+                f"; {counted(consequences, 'consequence')}" if consequences else "",
+                f"; {counted(len(roots) - 1, 'further incident')}" if len(roots) > 1 else "",
+            )
+        )
+    if report.verdict is Verdict.INCOMPLETE:
+        return f"nothing fired, but {listed(_blind_spots(report))} could not be seen"
+    asked = counted(len(report.quiet), "failure mode")
+    blind = f", {len(report.unjudged)} could not be judged" if report.unjudged else ""
+    return f"{asked} asked about, none present{blind}"
+
+
+def _blind_spots(report: Report) -> list[str]:
+    whole = [u.source for u in report.unseen if not u.what and u.source not in report.snapshot.seen]
+    return [SOURCE_NAMES[source] for source in dict.fromkeys(whole)] or ["an essential source"]
+
+
+SOURCE_NAMES = {
+    Source.NVML: "NVML",
+    Source.KERNEL_LOG: "the kernel log",
+    Source.PROCESSES: "the processes",
+    Source.ENGINE_LOG: "the engine's log",
+    Source.ENGINE_METRICS: "the engine's metrics",
+    Source.STACK: "the software stack",
+    Source.MODEL: "the model's configuration",
+    Source.FABRIC_MANAGER: "the fabric manager",
+    Source.HOST: "the host",
+}
+"""Sources as a sentence names them."""
+
+FILES = {
+    Source.NVML: "`nvidia-smi -q` and `nvidia-smi topo -m`",
+    Source.KERNEL_LOG: "`dmesg` or `journalctl -k -b`",
+    Source.PROCESSES: "the engine's command line",
+    Source.ENGINE_LOG: "the engine's log from its start",
+    Source.ENGINE_METRICS: "`curl -s localhost:8000/metrics`",
+    Source.STACK: "`python -m vllm.collect_env`",
+    Source.MODEL: "the model's `config.json`",
+    Source.FABRIC_MANAGER: "`/var/log/fabricmanager.log`",
+    Source.HOST: "`lspci -vvv` of the node",
+}
+"""What to save on the node, so that `triage` can judge what a source would have told."""
+
+_REMEDIES = {
+    (Source.NVML, Why.NOT_PRESENT): "No NVIDIA driver answers here. On a GPU node, load it: `nvidia-smi` must work. "
+    "Without one, see a diagnosis of a simulated node: `gpu-doctor check --simulate hgx-h100-8 --fault gpu-lost:gpu=2`",
+    (Source.NVML, Why.NO_PERMISSION): "Let this user open `/dev/nvidiactl` and `/dev/nvidia*`, or run as root.",
+    (Source.NVML, Why.TIMED_OUT): "The driver does not answer; what else is wrong stands above. Look at `dmesg` first.",
+    (Source.KERNEL_LOG, Why.NO_PERMISSION): "Run as root, or add this user to the group `systemd-journal` (or `adm`).",
+    (Source.KERNEL_LOG, Why.NOT_PRESENT): "In a container, mount `/dev/kmsg` or `/var/log/journal` of the host.",
+    (Source.PROCESSES, Why.NO_PERMISSION): "Run as root or as the engine's user.",
+    (Source.ENGINE_LOG, Why.NO_PERMISSION): "Run as root or as the engine's user, or name the log: `[engine] logs`.",
+    (Source.ENGINE_LOG, Why.NOT_PRESENT): "If an engine runs here, name its log in the configuration: `[engine] logs`.",
+    (Source.ENGINE_METRICS, Why.NOT_PRESENT): "If an engine runs here, name its page: `[engine] metrics`.",
+    (Source.ENGINE_METRICS, Why.FAILED): "If the engine listens elsewhere, name its page: `[engine] metrics`.",
+}
+
+
+def remedy(source: Source, why: Absent) -> str:
+    """Return what the operator can do to have a source seen; empty where nobody knows."""
+    return _REMEDIES.get((source, why.why), "")
