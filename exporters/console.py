@@ -56,7 +56,8 @@ def _verdict(report: Report, terminal: Terminal) -> Iterator[str]:
         Verdict.CLEAR: terminal.green,
     }[report.verdict]
     word = report.verdict.value.upper()
-    first, *rest = wrapped(headline(report), terminal.width, first=f"{word}  ")
+    lead = f"{word}  "
+    first, *rest = wrapped(headline(report, terminal.width - len(lead)), terminal.width, first=lead)
     yield paint(word) + first[len(word) :]
     yield from rest
     for line in wrapped(_node(report), terminal.width):
@@ -65,7 +66,7 @@ def _verdict(report: Report, terminal: Terminal) -> Iterator[str]:
 
 def _node(report: Report) -> str:
     snapshot = report.snapshot
-    gpus = Counter(plain(or_none(gpu.name) or "GPU") for gpu in snapshot.gpus)
+    gpus = Counter(plain(or_none(gpu.name) or "unnamed GPU") for gpu in snapshot.gpus)
     driver = or_none(snapshot.stack.driver)
     parts = [
         plain(report.node.name) or "this node",
@@ -226,5 +227,4 @@ def _unseen(report: Report, terminal: Terminal) -> Iterator[str]:
 def _quiet(report: Report, terminal: Terminal) -> Iterator[str]:
     if report.quiet and report.findings:
         yield ""
-        present = f"{counted(len(report.quiet), 'other failure mode')} asked about, not here."
-        yield terminal.dim(present)
+        yield terminal.dim(f"Asked about and not present: {counted(len(report.quiet), 'other failure mode')}.")

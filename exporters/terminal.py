@@ -83,4 +83,4 @@ def wrapped(text: str, width: int, *, first: str = "", rest: str | None = None, 
         max_lines=most,
         placeholder=" …",
     )
-    return [line.replace(_STICKY, " ") for line in lines] or [first.rstrip()]
+    return [line.replace(_STICKY, " ").rstrip() for line in lines] or [first.rstrip()]

@@ -141,18 +141,19 @@ def engine_name(engine_id: str, snapshot: Snapshot) -> str:
     return f"{plain(engine.kind)}, pid {engine.pid}" + (f", unit {plain(unit)}" if unit else "")
 
 
-def headline(report: Report) -> str:
-    """Return the verdict in one line, without its word."""
+def headline(report: Report, width: int | None = None) -> str:
+    """Return the verdict in one line, without its word; only a title is cut to fit *width*."""
     roots = report.roots
     if roots:
-        first = roots[0].finding
-        consequences = len(report.findings) - len(roots)
-        return plain(first.title) + "".join(
-            (
-                f"; {counted(consequences, 'consequence')}" if consequences else "",
-                f"; {counted(len(roots) - 1, 'further incident')}" if len(roots) > 1 else "",
-            )
-        )
+        notices = sum(severity_of(root.finding) is Severity.NOTICE for root in roots[1:])
+        counts = {
+            "consequence": len(report.findings) - len(roots),
+            "further incident": len(roots) - 1 - notices,
+            "further notice": notices,
+        }
+        tail = "".join(f"; {counted(number, noun)}" for noun, number in counts.items() if number)
+        title = plain(roots[0].finding.title)
+        return (title if width is None else cut(title, width - len(tail))) + tail
     if report.verdict is Verdict.INCOMPLETE:
         return f"nothing fired, but {listed(_blind_spots(report))} could not be seen"
     asked = counted(len(report.quiet), "failure mode")
