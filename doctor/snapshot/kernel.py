@@ -20,6 +20,14 @@ class Xid(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="xi
     """As in `Gpu.pci_address`; the function digit, which the line lacks, is 0."""
     pid: int | None = None
     process_name: str | None = None
+    caused_by: int | None = None
+    """Xid 45: "caused by previous Xid N", where the driver says so."""
+    recovery_action: str | None = None
+    """Xid 154: what is due now, in the words of `Gpu.recovery_action`."""
+    severity: str | None = None
+    """NVLink Xids: `fatal` or `non-fatal`, where the line tells."""
+    link: int | None = None
+    """NVLink Xids: the link, where the line tells one."""
     before_boot: bool = False
     """It belongs to an earlier boot: history, not a symptom."""
 
