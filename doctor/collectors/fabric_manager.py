@@ -1,0 +1,148 @@
+"""NVIDIA's fabric manager: unit, process, version and log, and the NVSwitches that it manages."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from pathlib import Path
+
+from doctor.collectors import files
+from doctor.collectors.collector import CannotSeeError, Reading, Visit
+from doctor.collectors.following import FollowedFile
+from doctor.collectors.processes import processes
+from doctor.collectors.programs import answer_of
+from doctor.readers import fabric_manager_log
+from doctor.snapshot import Absent, FabricManager, FabricMessage, Maybe, NvSwitch, Source, Unseen, Why
+
+UNIT = "nvidia-fabricmanager.service"
+UNIT_FOLDERS = ("etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
+PROGRAM = "nv-fabricmanager"
+COMM = PROGRAM[:15]
+LOG = "var/log/fabricmanager.log"
+LOG_BYTES = 1 << 20
+"""Of the log's end; an inband message of a multicast team is some 400 bytes."""
+
+_PACKAGE = re.compile(
+    r"^Package: (?:nvidia-fabricmanager|cuda-drivers-fabricmanager)[^\n]*\nStatus: install ok installed\n(?:.+\n)*?"
+    r"Version: (?:\d+:)?(\d+(?:\.\d+)+)",
+    re.MULTILINE,
+)
+
+
+class FabricManagerState:
+    """The fabric manager and the NVSwitches. A node that has neither is seen all the same: it has none."""
+
+    source = Source.FABRIC_MANAGER
+    deadline_seconds = 4.0
+    after_engines = False
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.root = root
+        self._log = FollowedFile(root / LOG, head_bytes=0, tail_bytes=LOG_BYTES, most_bytes=4 * LOG_BYTES)
+        self._lines = 0
+        self._name = self._log.path.name
+        self._version: str | None = None
+        """Of the process that last wrote to the log."""
+
+    def collect(self, visit: Visit) -> Reading:  # noqa: ARG002 - the protocol's
+        """Look once. Raises CannotSeeError when /proc can't be read."""
+        try:
+            running = any(process.name == COMM for process in processes(self.root))
+        except (OSError, ValueError) as e:
+            why = files.why_not(e, self.root / "proc") if isinstance(e, OSError) else Absent(Why.FAILED, str(e))
+            raise CannotSeeError(why) from e
+        unseen: list[Unseen] = []
+        try:
+            messages = self._messages()
+        except OSError as e:
+            messages = ()
+            if not isinstance(e, FileNotFoundError):
+                unseen.append(Unseen(self.source, files.why_not(e, self.root / LOG), "log"))
+        state = FabricManager(
+            unit_state=self._unit_state(running),
+            running=running,
+            version=self._version or self._installed_version(),
+            switches=switches(self.root),
+            messages=messages,
+        )
+        return Reading(fields={"fabric_manager": state}, unseen=tuple(unseen))
+
+    def _messages(self) -> tuple[FabricMessage, ...]:
+        messages: list[FabricMessage] = []
+        rest = b""
+        for piece in self._log.pieces():
+            if not piece.joins:
+                rest, self._lines = b"", 0
+                self._name = self._log.path.name if piece.offset == 0 else f"end of {self._log.path.name}"
+            data, newline, rest = (rest + piece.data).rpartition(b"\n")
+            text = (data + newline).decode("utf-8", "replace")
+            messages += fabric_manager_log.read(
+                text, self._name, first_line=self._lines + 1, utc_offset_seconds=_utc_offset_seconds()
+            )
+            self._version = fabric_manager_log.version(text) or self._version
+            self._lines += text.count("\n")
+        return tuple(messages)
+
+    def _unit_state(self, running: bool) -> Maybe[str]:
+        """Return systemd's word; of a foreign root, what its files and processes imply."""
+        if self.root != Path("/"):
+            if running:
+                return "active"
+            there = any((self.root / folder / UNIT).exists() for folder in UNIT_FOLDERS)
+            return "inactive" if there else Absent(Why.NOT_PRESENT, f"there is no unit {UNIT}")
+        try:
+            answer = answer_of(["systemctl", "show", "--property=LoadState,ActiveState", UNIT], 2.0)
+        except CannotSeeError as e:
+            return e.why
+        facts = dict(line.split("=", 1) for line in answer.decode("utf-8", "replace").splitlines() if "=" in line)
+        if facts.get("LoadState") == "not-found":
+            return Absent(Why.NOT_PRESENT, f"there is no unit {UNIT}")
+        return facts.get("ActiveState") or Absent(Why.FAILED, "systemctl does not tell the unit's state")
+
+    def _installed_version(self) -> Maybe[str]:
+        try:
+            match = _PACKAGE.search(files.text_of(self.root / "var/lib/dpkg/status", 64 << 20))
+        except OSError:
+            match = None
+        if match:
+            return match[1]
+        if self.root == Path("/"):
+            try:
+                said = fabric_manager_log.version(answer_of([PROGRAM, "--version"], 2.0).decode("utf-8", "replace"))
+            except CannotSeeError as e:
+                return e.why
+            if said:
+                return said
+        return Absent(Why.NOT_PRESENT, "no fabric manager is installed, or its log and package don't tell its version")
+
+    def close(self) -> None:
+        """Let go of the log."""
+        self._log.close()
+
+
+def switches(root: Path) -> Maybe[tuple[NvSwitch, ...]]:
+    """Return the NVSwitches that the driver has bound."""
+    folder = root / "proc/driver/nvidia-nvswitch/devices"
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as e:
+        return files.why_not(e, folder)
+    return tuple(_switch(entry) for entry in entries)
+
+
+def _switch(folder: Path) -> NvSwitch:
+    try:
+        text = files.text_of(folder / "information")
+    except OSError as e:
+        why = files.why_not(e, folder / "information")
+        return NvSwitch(pci_address=folder.name, bios_version=why, uuid=why)
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+    not_told = Absent(Why.FAILED, "the driver does not tell")
+    return NvSwitch(
+        pci_address=folder.name, bios_version=facts.get("BIOS Version", not_told), uuid=facts.get("UUID", not_told)
+    )
+
+
+def _utc_offset_seconds() -> float:
+    offset = datetime.datetime.now().astimezone().utcoffset()
+    return offset.total_seconds() if offset else 0.0
