@@ -16,7 +16,7 @@ FLOORS = (
     ("doctor.diagnose", "exporters"),
     ("rules", "doctor.report", "doctor.config", "doctor.feeds"),
     ("doctor.symptoms", "doctor.rule", "doctor.collectors", "doctor.simulation"),
-    ("doctor.history", "doctor.readers"),
+    ("doctor.history", "doctor.machine", "doctor.readers"),
     ("doctor.snapshot",),
 )
 """Top to bottom; a room imports only from floors below its own. `doctor` itself holds the version: anyone reads it."""
@@ -70,6 +70,7 @@ PURE = sorted(
         ROOT / "doctor/history.py",
         ROOT / "doctor/diagnose.py",
         *(ROOT / "doctor/symptoms").rglob("*.py"),
+        *(ROOT / "doctor/machine").rglob("*.py"),
         *(ROOT / "doctor/readers").rglob("*.py"),
         *(p for p in (ROOT / "rules").rglob("*.py") if "tables" not in p.parts),
     ]

@@ -92,6 +92,19 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     shared_expert_intermediate_size: Maybe[int] = NOT_ASKED
     kv_lora_rank: Maybe[int] = NOT_ASKED
     """Present: multi-head latent attention (DeepSeek)."""
+    q_lora_rank: Maybe[int] = NOT_ASKED
+    """Latent attention only; absent there: the query is projected in one step (DeepSeek-V2-Lite)."""
+    qk_nope_head_dim: Maybe[int] = NOT_ASKED
+    qk_rope_head_dim: Maybe[int] = NOT_ASKED
+    v_head_dim: Maybe[int] = NOT_ASKED
+    shared_experts: Maybe[int] = NOT_ASKED
+    """`n_shared_experts`, each as wide as a routed one; Qwen2-MoE gives the width of its one instead."""
+    dense_layers: Maybe[int] = NOT_ASKED
+    """`first_k_dense_replace`: the first layers of a mixture of experts that have none."""
+    speculative_layers: Maybe[int] = NOT_ASKED
+    """`num_nextn_predict_layers`: multi-token-prediction layers, loaded only where speculation is asked for."""
+    tied_embeddings: Maybe[bool] = NOT_ASKED
+    """`tie_word_embeddings`: the output head is the input embedding."""
     quantization_method: Maybe[str] = NOT_ASKED
     """`fp8`, `compressed-tensors`, `awq`, `gptq`, `modelopt`, …; absent `not-present`: not quantized."""
     quantization_weight_bits: Maybe[int] = NOT_ASKED
@@ -100,6 +113,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     quantization_activations: Maybe[bool] = NOT_ASKED
     """Whether activations are quantized too; False is weight-only."""
     weight_block_size: Maybe[tuple[int, ...]] = NOT_ASKED
+    quantization_group_size: Maybe[int] = NOT_ASKED
+    """Weights that share one scale along the input dimension (AWQ, GPTQ, INT4)."""
+    quantization_ignored: Maybe[tuple[str, ...]] = NOT_ASKED
+    """Modules left as they were: `ignore`, `modules_to_not_convert`, `ignored_layers`, as written (`re:` included)."""
     weights_bytes: Maybe[int] = NOT_ASKED
     """Size of the weight files on disk."""
 
