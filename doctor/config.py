@@ -30,8 +30,6 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     optional: tuple[Source, ...] = ()
     """Essential sources that this site can do without: unseen, they don't make a report incomplete."""
-    expected_gpus: int | None = None
-    """How many GPUs the node should have."""
     engine: EngineSite = EngineSite()
     rules: dict[str, dict[str, Any]] = {}
     """`[rules.<id>]`: `enabled`, `severity`, and the names of the rule's limits."""

@@ -52,7 +52,7 @@ def test_optional_sources_go_by_their_names(tmp_path: Path) -> None:
     [
         ("nonsense = 1", "unknown field `nonsense`"),
         ("optional = ['moon']", "moon"),
-        ("expected_gpus = 'eight'", r"Expected `int"),
+        ("rules = 'all'", r"Expected `object`, got `str` - at `\$.rules`"),
         ("[engine]\nlog = ['x']", "unknown field `log`"),
         ("= broken", "site.toml"),
     ],
