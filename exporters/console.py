@@ -180,7 +180,7 @@ def _topology(report: Report, terminal: Terminal) -> list[str]:
         if _is_about_links(reported.finding)
         for gpu in reported.finding.subject.gpus
     }
-    lines = ["", f"{terminal.bold('Topology')} (NVn: n NVLinks; otherwise the way over PCIe; * named above)"]
+    lines = ["", f"{terminal.bold('Topology')} (NVn: n NVLinks, else PCIe; *: named above)"]
     lines.append("  " + "".join(word.rjust(cell) for word in ("", *(f"GPU{n}" for n in numbers))))
     for row in numbers:
         name = f"{'*' if row in found else ''}GPU{row}"

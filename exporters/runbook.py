@@ -28,7 +28,7 @@ def _laid_out(markdown: str, terminal: Terminal) -> Iterator[str]:
     """Yield the lines of a section: paragraphs and items wrapped, code and tables as they stand."""
     block: list[str] = []
     lead = rest = INDENT
-    fenced = False
+    fenced, margin = False, 0
 
     def flush() -> Iterator[str]:
         if block:
@@ -40,9 +40,10 @@ def _laid_out(markdown: str, terminal: Terminal) -> Iterator[str]:
         if line.lstrip().startswith("```"):
             yield from flush()
             fenced = not fenced
+            margin = len(line) - len(line.lstrip()) if fenced else 0
         elif fenced or line.startswith("|"):
             yield from flush()
-            yield f"{rest}{'  ' if fenced else ''}{line}"
+            yield f"{rest}{'  ' if fenced else ''}{line[margin:]}"
         elif not line.strip():
             yield from flush()
             yield ""

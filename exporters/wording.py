@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 
-from doctor.report import Report, Verdict
+from doctor.report import Report, Verdict, essential_sources
 from doctor.rule import Finding, Severity
 from doctor.snapshot import Absent, Snapshot, Source, Why, or_none
 
@@ -155,15 +155,17 @@ def headline(report: Report, width: int | None = None) -> str:
         title = plain(roots[0].finding.title)
         return (title if width is None else cut(title, width - len(tail))) + tail
     if report.verdict is Verdict.INCOMPLETE:
-        return f"nothing fired, but {listed(_blind_spots(report))} could not be seen"
-    asked = counted(len(report.quiet), "failure mode")
-    blind = f", {len(report.unjudged)} could not be judged" if report.unjudged else ""
-    return f"{asked} asked about, none present{blind}"
+        text = f"nothing fired, but {listed(_blind_spots(report))} could not be seen"
+    else:
+        blind = f", {len(report.unjudged)} could not be judged" if report.unjudged else ""
+        text = f"{counted(len(report.quiet), 'failure mode')} asked about, none present{blind}"
+    return text if width is None else cut(text, width)
 
 
 def _blind_spots(report: Report) -> list[str]:
+    essential = essential_sources(report.snapshot)
     whole = [u.source for u in report.unseen if not u.what and u.source not in report.snapshot.seen]
-    return [SOURCE_NAMES[source] for source in dict.fromkeys(whole)] or ["an essential source"]
+    return [SOURCE_NAMES[source] for source in dict.fromkeys(whole) if source in essential] or ["an essential source"]
 
 
 SOURCE_NAMES = {
