@@ -84,8 +84,8 @@ class FabricManagerState:
         return tuple(messages)
 
     def _unit_state(self, running: bool) -> Maybe[str]:
-        """Return systemd's word; of a foreign root, what its files and processes imply."""
-        if self.root != Path("/"):
+        """Return systemd's word; of a foreign root, or without systemd, what files and processes imply."""
+        if self.root != Path("/") or not Path("/run/systemd/system").exists():
             if running:
                 return "active"
             there = any((self.root / folder / UNIT).exists() for folder in UNIT_FOLDERS)

@@ -1,0 +1,248 @@
+"""The kernel log: /dev/kmsg, the journal, dmesg or a log file, whichever can be read; NVML is not needed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from doctor.collectors import files
+from doctor.collectors.collector import CannotSeeError, Reading, Visit
+from doctor.collectors.following import FollowedFile
+from doctor.collectors.processes import booted_at
+from doctor.collectors.programs import answer_of
+from doctor.readers.kernel_log import KernelLogReader, with_boots_marked
+from doctor.snapshot import Absent, KernelEvent, Source, Why
+
+KMSG = "dev/kmsg"
+LOG_FILES = ("var/log/kern.log", "var/log/dmesg")
+RECORD_BYTES = 8192
+"""A read of /dev/kmsg with a smaller buffer than the record fails with EINVAL (kernel: PRINTKRB_RECORD_MAX is 1 KiB,
+extended records up to 8 KiB)."""
+
+MOST_RECORDS = 200_000
+"""At one visit; a kernel log buffer of 16 MiB holds fewer."""
+
+BOOT_SLACK_SECONDS = 5.0
+"""/proc/stat tells the boot in whole seconds, and the clock may have been set since."""
+
+REMEDY = "run as root, give the process CAP_SYSLOG, or add its user to group adm or systemd-journal"
+
+_FACILITY = re.compile(rb"^(\d+),")
+
+Open = Callable[[str, int], int]
+
+
+class _Way(Protocol):
+    """One way to the kernel log."""
+
+    def news(self) -> Iterator[bytes]:
+        """Yield the records since the last call, whole lines. Raises OSError or CannotSeeError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Kmsg:
+    """The kernel's own buffer, one record a read; the open file remembers its place."""
+
+    def __init__(self, path: Path, open_file: Open, every_facility: bool) -> None:
+        self._every_facility = every_facility
+        self._file = open_file(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def news(self) -> Iterator[bytes]:
+        for _ in range(MOST_RECORDS):
+            try:
+                record = os.read(self._file, RECORD_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as e:
+                if e.errno == errno.EPIPE:  # records were overwritten before we came: go on with the oldest left
+                    continue
+                raise
+            if not record:
+                return
+            if self._every_facility or _of_kernel(record):
+                yield record if record.endswith(b"\n") else record + b"\n"
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _of_kernel(record: bytes) -> bool:
+    """Whether the kernel itself wrote it: anyone who may write to /dev/kmsg can invent an Xid, with another facility."""
+    match = _FACILITY.match(record)
+    return match is None or int(match[1]) >> 3 == 0
+
+
+class _File:
+    """A file with the kernel's lines, in the form of /dev/kmsg or of syslog."""
+
+    def __init__(self, path: Path, open_file: Open, every_facility: bool) -> None:
+        os.close(open_file(str(path), os.O_RDONLY | os.O_CLOEXEC))
+        self._file = FollowedFile(path, head_bytes=0, tail_bytes=16 << 20)
+        self._every_facility = every_facility
+
+    def news(self) -> Iterator[bytes]:
+        for piece in self._file.pieces():
+            if self._every_facility:
+                yield piece.data
+            else:
+                yield b"".join(line for line in piece.data.splitlines(keepends=True) if _of_kernel(line))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Journal:
+    """`journalctl -k`, of this boot and the one before, so that history is told from news."""
+
+    _CURSOR = re.compile(rb"^-- cursor: (\S+)\s*$", re.MULTILINE)
+
+    def __init__(self, arguments: Iterable[str]) -> None:
+        self._arguments = ["journalctl", "--dmesg", "--quiet", "--no-pager", "--output=json", "--show-cursor"]
+        self._arguments += ["--output-fields=MESSAGE,_BOOT_ID", *arguments]
+        self._cursor: str | None = None
+
+    def news(self) -> Iterator[bytes]:
+        since = [f"--after-cursor={self._cursor}"] if self._cursor else ["--boot=0", "--lines=50000"]
+        answer = answer_of([*self._arguments, *since], 3.0)
+        cursor = self._CURSOR.search(answer)
+        if cursor:
+            self._cursor = cursor[1].decode("ascii", "replace")
+            answer = answer[: cursor.start()]
+        elif self._cursor is None and not answer.strip():
+            raise CannotSeeError(Absent(Why.NO_PERMISSION, f"the journal shows no kernel line: {REMEDY}"))
+        yield answer
+
+    def close(self) -> None: ...
+
+
+class _Dmesg:
+    """`dmesg`, which always tells everything: what was told before is left out by its time since boot."""
+
+    _UPTIME = re.compile(rb"^\[ *(\d+\.\d+)\]")
+
+    def __init__(self) -> None:
+        self._last = -1.0
+
+    def news(self) -> Iterator[bytes]:
+        fresh: list[bytes] = []
+        last = self._last
+        for line in answer_of(["dmesg", "--kernel"], 3.0).splitlines(keepends=True):
+            uptime = self._UPTIME.match(line)
+            if uptime is None or float(uptime[1]) > self._last:
+                fresh.append(line)
+            if uptime:
+                last = max(last, float(uptime[1]))
+        self._last = last
+        yield b"".join(fresh)
+
+    def close(self) -> None: ...
+
+
+class KernelLog:
+    """The kernel log of a root.
+
+    *every_facility*: take what other programs wrote into /dev/kmsg for the kernel's, for tests of a whole node.
+    *open_file* opens the log: a drill refuses there what a real kernel would refuse.
+    """
+
+    source = Source.KERNEL_LOG
+    deadline_seconds = 5.0
+    after_engines = False
+
+    def __init__(self, root: Path = Path("/"), *, every_facility: bool = False, open_file: Open = os.open) -> None:
+        self.root = root
+        self.every_facility = every_facility
+        self.open_file = open_file
+        self._way: _Way | None = None
+        self._reader: KernelLogReader | None = None
+
+    def collect(self, visit: Visit) -> Reading:
+        """Return the events since the last visit. Raises CannotSeeError when no way to the log is open."""
+        try:
+            boot: float | None = booted_at(self.root)
+        except (OSError, ValueError):
+            boot = None
+        events: list[KernelEvent] = []
+        if self._way is None or self._reader is None:
+            self._way, self._reader, first = self._opened(boot, visit.at)
+            for data in first:
+                events += self._reader.feed(data)
+        else:
+            self._reader.booted_at, self._reader.now = boot, visit.at
+            try:
+                for data in self._way.news():
+                    events += self._reader.feed(data)
+            except OSError as e:
+                self.close()
+                raise CannotSeeError(files.why_not(e, "the kernel log", REMEDY)) from e
+            except CannotSeeError:
+                self.close()
+                raise
+        return Reading(fields={"kernel": _of_this_boot(events, boot)})
+
+    def _opened(self, boot: float | None, now: float) -> tuple[_Way, KernelLogReader, list[bytes]]:
+        refusals: list[Absent] = []
+        for name, open_way in self._ways():
+            opened = _tried(name, open_way)
+            if not isinstance(opened, Absent):
+                kmsg = name == KMSG
+                shown = f"/{KMSG}" if kmsg else Path(name).name
+                return opened[0], KernelLogReader(shown, booted_at=boot, now=now, sequence_numbers=kmsg), opened[1]
+            refusals.append(opened)
+        refused = next((why for why in refusals if why.why is Why.NO_PERMISSION), None)
+        raise CannotSeeError(refused or refusals[0])
+
+    def _ways(self) -> Iterator[tuple[str, Callable[[], _Way]]]:
+        """Yield the ways to the log, the best first."""
+        kmsg = self.root / KMSG
+
+        def open_kmsg() -> _Way:
+            form = _Kmsg if stat.S_ISCHR(kmsg.stat().st_mode) else _File
+            return form(kmsg, self.open_file, self.every_facility)
+
+        yield KMSG, open_kmsg
+        if self.root == Path("/"):
+            yield "journal", lambda: _Journal(())
+            yield "dmesg", _Dmesg
+        elif (journal := self.root / "var/log/journal").is_dir():
+            yield "journal", lambda: _Journal((f"--directory={journal}",))
+        for name in LOG_FILES:
+            yield name, lambda name=name: _File(self.root / name, self.open_file, self.every_facility)
+
+    def close(self) -> None:
+        """Let go of the log; the next visit begins anew."""
+        if self._way is not None:
+            self._way.close()
+        self._way = self._reader = None
+
+
+def _tried(name: str, open_way: Callable[[], _Way]) -> tuple[_Way, list[bytes]] | Absent:
+    """Return the way and what the log holds already, or why this way is closed."""
+    try:
+        way = open_way()
+        return way, list(way.news())
+    except OSError as e:
+        return files.why_not(e, f"/{name}", REMEDY)
+    except CannotSeeError as e:
+        return e.why
+
+
+def _of_this_boot(events: list[KernelEvent], boot: float | None) -> tuple[KernelEvent, ...]:
+    """Mark what belongs to an earlier boot: what stands before a boot's marker, or is stamped before it."""
+    marked = with_boots_marked(events)
+    if boot is None:
+        return marked
+    before = boot - BOOT_SLACK_SECONDS
+    return tuple(
+        msgspec.structs.replace(event, before_boot=True) if event.at is not None and event.at < before else event
+        for event in marked
+    )
