@@ -40,6 +40,13 @@ POWER_BRAKE = 0x80
 SPINNING_POWER = 0.12
 """Of the way from idle to busy: a kernel that only polls memory keeps the SMs busy at little power."""
 
+CUDA_OF_BRANCH = (
+    (610, "13.3"), (595, "13.2"), (590, "13.1"), (580, "13.0"), (575, "12.9"), (570, "12.8"), (565, "12.7"), (560, "12.6"),
+    (555, "12.5"), (550, "12.4"), (545, "12.3"), (535, "12.2"), (530, "12.1"), (525, "12.0"), (520, "11.8"), (515, "11.7"),
+    (510, "11.6"), (470, "11.4"),
+)  # fmt: skip
+"""The newest CUDA by driver branch: the header that first came with each branch."""
+
 
 class Drill(msgspec.Struct, frozen=True, kw_only=True):
     """What is simulated: a node, its engine, its faults, and when. It travels to the NVML child as JSON."""
@@ -60,6 +67,20 @@ class Drill(msgspec.Struct, frozen=True, kw_only=True):
     def engine(self) -> Workload:
         """The engine that runs on it."""
         return self.workload or self.node.workload
+
+    @property
+    def driver(self) -> str:
+        """The driver's version: the profile's, or that of an older branch."""
+        old = next((fault for fault in self.faults if fault.name == "driver-old"), None)
+        return f"{old.params['branch']}.54.03" if old else self.node.driver
+
+    @property
+    def cuda_driver(self) -> str:
+        """The newest CUDA that this driver serves."""
+        branch = int(self.driver.partition(".")[0])
+        if self.driver == self.node.driver:
+            return self.node.cuda_driver
+        return next(cuda for since, cuda in CUDA_OF_BRANCH if since <= branch)
 
     @property
     def engine_ends_seconds(self) -> float:

@@ -312,6 +312,16 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
             return others[link * len(others) // self.product.nvlinks]
         return NO_LINK
 
+    def far_end(self, gpu: int, link: int) -> tuple[int, int] | None:
+        """Return GPU and link at the other end of a direct link, or None where there is no GPU."""
+        peer = self.peer_of(gpu, link)
+        if peer == NO_LINK:
+            return None
+        links = range(self.product.nvlinks)
+        mine = [n for n in links if self.peer_of(gpu, n) == peer]
+        theirs = [n for n in links if self.peer_of(peer, n) == gpu]
+        return peer, theirs[mine.index(link)]
+
     def switch_of(self, link: int) -> str:
         """Return the PCI address of the NVSwitch at the other end of a link."""
         return self.switches[link % len(self.switches)]
