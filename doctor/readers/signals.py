@@ -65,7 +65,7 @@ PRECISION = (
     Signal("fp8-weight-only", "Weight-only FP8 compression will be used"),
     Signal("fp8-kernel-missing", "object has no attribute", r"has no attribute '(?P<kernel>\w*(?:marlin|scaled_mm|fp8)\w*)'"),
     Signal("fp8-checkpoint", "Detected fp8 checkpoint"),
-    Signal("fp8-linear-kernel", "Fp8", r"^Selected (?P<kernel>\w+) for (?P<method>\w*Fp8\w*)", informs=True),
+    Signal("fp8-linear-kernel", "Selected ", r"^Selected (?P<kernel>\w+) for (?P<method>\w*Fp8\w*)", informs=True),
     Signal("fp8-moe-backend", "Fp8 MoE backend out of", r"^Using (?P<backend>\w+) Fp8 MoE backend", informs=True),
     Signal("fp8-moe-backend", " backend for FP8 MoE", r"^Using (?P<backend>.+) backend for FP8 MoE", informs=True),
     Signal("fp8-moe-backend", "kernels for Fp8MoEMethod", r"^Using (?P<backend>.+) kernels for Fp8MoEMethod", informs=True),
@@ -74,7 +74,7 @@ PRECISION = (
 
 MEMORY = (
     Signal("sampler-warmup-out-of-memory", "CUDA out of memory occurred when warming up", r"with (?P<requests>\d+) dummy requests"),
-    Signal("cuda-out-of-memory", "CUDA out of memory", rf"(?:Tried to allocate (?P<tried_bytes>{_SIZE})\.)?(?: GPU (?P<gpu>\d+)(?: has a total capaci?ty of (?P<total_bytes>{_SIZE}) of which (?P<free_bytes>{_SIZE}) is free)?)?"),
+    Signal("cuda-out-of-memory", "CUDA out of memory", rf"CUDA out of memory(?:\. Tried to allocate (?P<tried_bytes>{_SIZE}))?(?:\.? \(?GPU (?P<gpu>\d+)(?: has a total capaci?ty of (?P<total_bytes>{_SIZE}) of which (?P<free_bytes>{_SIZE}) is free|; (?P<capacity_bytes>{_SIZE}) total capacity)?)?"),
     Signal("cuda-out-of-memory", "CUDA error: out of memory"),
     Signal("cuda-out-of-memory", "CUDA_ERROR_OUT_OF_MEMORY"),
     Signal("cuda-out-of-memory", "Cuda failure", r"Cuda failure (?:2 )?'out of memory'"),
@@ -105,10 +105,7 @@ LIFE = (
     Signal("shutdown", "Shutting down", r"^(?:INFO:\s+)?Shutting down$", informs=True),
     Signal("shutdown", "Gracefully stopping http server", informs=True),
     Signal("shutdown", "Received SIG", r"^Received (?P<by>SIG(?:TERM|INT))", informs=True),
-    Signal("shutdown", "EngineCore exiting", informs=True),
-    Signal("shutdown", "process-signal SIGTERM", informs=True),
     Signal("shutdown", "KeyboardInterrupt", r"^KeyboardInterrupt(?:: terminated)?$"),
-    Signal("shutdown", "SystemExit", r"^SystemExit(?:: .*)?$"),
     Signal("engine-fatal", "EngineCore encountered a fatal error"),
     Signal("engine-fatal", "EngineCore failed to start"),
     Signal("engine-fatal", "EngineCore hit an exception"),
@@ -318,8 +315,32 @@ SIGNALS: tuple[Signal, ...] = (
 )  # fmt: skip
 """Every row, in the order in which they are tried. Beside them the reader gives `request-served` and `exception`."""
 
-EXCEPTION_LITERALS = ("Traceback (most recent call last)", "Error", "Exception", "ERROR")
-"""What else may not be skipped: the last line of a traceback, and what an engine logs at its highest levels."""
+EXCEPTION_LITERALS = (
+    "Traceback (most recent call last)",
+    "Error",
+    "Exception",
+    "The above exception",
+    "During handling",
+)
+"""What else may not be skipped: the beginning and the end of a traceback."""
+
+INFORMING_STARTS = (
+    "rank", "world_size", "Using", "Selected", "reading", "generating", "FlashInfer", "Available KV", "GPU KV", "CPU KV",
+    "Application", "Starting to load", "Loading model", "Model loading", "Graph capturing", "init engine", "Avg prompt",
+    "Engine ", "[shutdown]", "EngineCore", "Shutting down", "Gracefully", "Received SIG", "No available", "Initializing a",
+    "vLLM", "non-default", "NCCL version", "▄",
+)  # fmt: skip
+"""How the messages of INFO records begin that some row takes; all other INFO records are skipped by their beginning."""
+
+GATE = (
+    "rror", "not ", "iled", "able", "ion ", "cted", "nval", "ed o", " mem", "size", "Not ", "ptio", "UDA_", "capt", " too",
+    "back", "ess ", " fai", "_STA", "trig", "NCCL", "t co", " cal", " dri", " sto", "ax_m", "len ", "ault ", "ived", "LLM ",
+    "or F", "Avg ", "has ", " dev", "oad ", "d wo", " sig", "ned ", "PU i", "Repo", "Keyb", "SIGB", "SIGS", "Shut", "Symm",
+    "tchd", "ansp", "trus", "d rep", "ted b",
+)  # fmt: skip
+"""Every literal holds at least one of these, which few ordinary lines do: a line with none of them is not looked at.
+
+A greedy cover of the literals, weighed against the lines of healthy logs; a test asserts that it covers them."""
 
 
 @cache

@@ -1,0 +1,774 @@
+"""A serving engine's log: bytes in, in chunks of any size; events, and how far it was read, out.
+
+It reads every record format of vLLM 0.5 to 0.33 (text and JSON), with what Ray, docker, docker compose, Kubernetes,
+the journal, CI systems and terminals put before it, and what PyTorch, NCCL and the interpreter write between. Most
+lines of a busy log are access lines and records that nobody needs: they are passed over by their end or by the
+beginning of their message, before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import re
+from calendar import timegm
+from collections import deque
+from collections.abc import Iterator
+
+import msgspec
+
+from doctor.readers import signals
+from doctor.snapshot import EngineEvent, Fact, LogState
+
+LINE_MAX_BYTES = 64 * 1024
+"""Of a longer line only the beginning is read."""
+TEXT_MAX = 600
+"""Characters of a message that an event keeps."""
+BLOCK_BYTES = 512 * 1024
+"""How much is split into lines at once: bounds the memory, whatever size the chunks have."""
+FIRST_KEPT = 24
+"""Events of one signal that are kept from the start of one life of the engine: the first error is the most precious."""
+LAST_KEPT = 24
+"""And from its end."""
+LIVES_KEPT = 8
+"""Lives of the engine (starts) in one visit of which events are kept: the first two, and the last ones."""
+STATS_KEPT = 64
+"""Statistics lines kept from the end of a visit: ten minutes at vLLM's interval of 10 s."""
+
+
+class LogReading(msgspec.Struct, frozen=True):
+    """What was read of a log since the last look."""
+
+    events: tuple[EngineEvent, ...]
+    state: LogState
+
+
+class Record(msgspec.Struct):
+    """One line, taken apart."""
+
+    text: str
+    """The message, with its indentation."""
+    level: str = ""
+    process: str = ""
+    pid: int | None = None
+    rank: int | None = None
+    at: float | None = None
+
+
+class LogReader:
+    """Reads one log. It keeps what it needs between visits: an unfinished line, open tracebacks, the line number.
+
+    `log` names the log in every event; `name` is what `where` shows, the same if empty. `first_line` is the number of
+    the first line fed, `utc_offset_seconds` the time zone of stamps that tell none.
+    """
+
+    def __init__(self, log: str, *, name: str = "", first_line: int = 1, utc_offset_seconds: float = 0.0) -> None:
+        self.log = log
+        self._name = name or log
+        self._utc_offset_seconds = utc_offset_seconds
+        self._reference = 0.0
+        self._line = first_line
+        self._rest = b""
+        self._rest_is_long = False
+        self._traces: dict[tuple[str, int | None], _Trace] = {}
+        self._begin_visit()
+
+    def _begin_visit(self) -> None:
+        self._kept = _KeptEvents()
+        self._stats: deque[tuple[int, bytes]] = deque(maxlen=STATS_KEPT)
+        self._first_stats: tuple[int, bytes] | None = None
+        self._first_served: tuple[int, bytes] | None = None
+        self._last_served: _Served | None = None
+        self._tail: list[bytes] = []
+        self._lines = self._bytes = self._long_lines = 0
+
+    def feed(self, chunk: bytes, at: float) -> None:
+        """Read on. *at* is now, Unix seconds: it tells the year of stamps that have none."""
+        self._reference = at
+        self._bytes += len(chunk)
+        end = chunk.find(b"\n")
+        if end < 0:
+            self._rest_grows(chunk)
+            return
+        self._rest_grows(chunk[:end])
+        self._block(self._rest + b"\n")
+        self._rest, self._rest_is_long = b"", False
+        start, stop = end + 1, chunk.rfind(b"\n") + 1
+        while start < stop:
+            cut = stop if stop - start <= BLOCK_BYTES else chunk.rfind(b"\n", start, start + BLOCK_BYTES) + 1
+            if cut <= start:  # one line longer than a block
+                cut = chunk.find(b"\n", start) + 1
+            self._block(chunk[start:cut])
+            start = cut
+        self._rest_grows(chunk[stop:])
+
+    def take(self) -> LogReading:
+        """Return what was read since the last call; an unfinished last line waits for its end."""
+        events = sorted([*self._kept.events(), *self._counted_events()], key=lambda pair: pair[0])
+        state = LogState(
+            log=self.log,
+            lines=self._lines,
+            bytes=self._bytes,
+            dropped=self._kept.dropped,
+            last_at=self._last_stamp(),
+            long_lines=self._long_lines,
+        )
+        self._begin_visit()
+        return LogReading(tuple(event for _, event in events), state)
+
+    def finish(self) -> LogReading:
+        """Return what was read since the last call; the rest counts as a last line."""
+        if self._rest:
+            self._block(self._rest + b"\n")
+            self._rest, self._rest_is_long = b"", False
+        return self.take()
+
+    def begin_anew(self) -> None:
+        """Say that the log was rotated or truncated: the next byte is the first of line 1."""
+        if self._rest:
+            self._block(self._rest + b"\n")
+        self._rest, self._rest_is_long = b"", False
+        self._line = 1
+        self._traces.clear()
+
+    def _rest_grows(self, more: bytes) -> None:
+        room = LINE_MAX_BYTES - len(self._rest)
+        self._rest += more[:room]
+        if len(more) > room and not self._rest_is_long:
+            self._rest_is_long = True
+            self._long_lines += 1
+
+    def _block(self, block: bytes) -> None:
+        lines = block.split(b"\n")
+        del lines[-1]
+        base = self._line
+        self._line += len(lines)
+        self._lines += len(lines)
+        self._tail = lines[-_TAIL_LINES:]
+        self._note_served(block, base)
+        for i in [i for i, line in enumerate(lines) if not line.endswith(_ANSWERED)]:
+            line = lines[i]
+            head = line.find(b"] ", 0, 200)
+            if head > 0 and not self._traces and line.find(b"INFO ", 0, head) >= 0:
+                message = head + 2
+                if line.startswith(_STATS_STARTS, message) or _AGGREGATED in line:
+                    self._stats.append((base + i, line))
+                    self._first_stats = self._first_stats or (base + i, line)
+                elif line.startswith(_INFORMING_STARTS, message):
+                    self._look_at(lines, i, base)
+                continue
+            if self._traces or any(token in line for token in _GATE):
+                self._look_at(lines, i, base)
+
+    def _look_at(self, lines: list[bytes], i: int, base: int) -> None:
+        raw = lines[i]
+        if len(raw) > LINE_MAX_BYTES:
+            self._long_lines += 1
+        if not self._traces and not any(literal in raw for literal in _LITERALS):
+            return
+        for n, record in enumerate(self._records(raw)):
+            found = self._said(record)
+            if found is None:
+                continue
+            signal, facts = found
+            if signal == "stats":
+                self._stats.append((base + i, raw))
+                self._first_stats = self._first_stats or (base + i, raw)
+                continue
+            event = EngineEvent(
+                signal=signal,
+                text=_without_secrets(signal, record.text.strip())[:TEXT_MAX],
+                where=f"{self._name}:{base + i}",
+                log=self.log,
+                at=record.at,
+                level=record.level,
+                process=record.process,
+                pid=record.pid,
+                rank=record.rank if record.rank is not None else _rank_fact(facts),
+                facts=facts,
+            )
+            if self._kept.add((base + i, n), event) and signal in _WITH_TRACE:
+                self._kept.complete(_with_trace(event, self._trace_before(lines, i, event)))
+
+    def _records(self, raw: bytes) -> Iterator[Record]:
+        text = raw[:LINE_MAX_BYTES].decode("utf-8", "replace")
+        for piece in text.split("\r") if "\r" in text else (text,):
+            if piece and not piece.isspace():
+                yield from _records_of(piece, self._reference, self._utc_offset_seconds)
+
+    def _said(self, record: Record) -> tuple[str, dict[str, Fact]] | None:
+        """Return the signal and its facts, or None; open and close tracebacks on the way."""
+        text = record.text
+        key = (record.process, record.pid)
+        if record.level == "INFO":
+            match = signals.matched(text, inform=True)
+            return None if match is None else (match.name, _facts_of(match, text))
+        trace = self._traces.get(key)
+        if "Traceback (most recent call last)" in text and len(text) < 200:
+            if len(self._traces) < _TRACES_MAX:
+                self._traces[key] = _Trace(chained=trace is not None and trace.chained)
+            return None
+        if text.startswith(_CHAIN):
+            if len(self._traces) < _TRACES_MAX:
+                self._traces[key] = _Trace(chained=True)
+            return None
+        indented = text[:2].isspace()
+        if trace is not None:
+            trace.lines += 1
+            if trace.lines > _TRACE_MAX_LINES:
+                del self._traces[key]
+            elif (indented or not text.strip()) and not _is_quoted_error(text):
+                return None
+        exception = None
+        if record.level not in ("WARNING", "DEBUG"):
+            exception = _EXCEPTION.match(text) or (_EXCEPTION_IN_TRACE.match(text) if trace else None)
+        if exception is not None:
+            self._traces.pop(key, None)
+        if indented and not _is_quoted_error(text):
+            return None
+        match = signals.matched(text)
+        facts = {} if match is None else _facts_of(match, text)
+        if exception is not None:
+            facts = facts | {"type": exception["type"]} | ({"chained": 1} if trace and trace.chained else {})
+            if match is None and (_is_error_type(exception["type"]) or trace is not None):
+                return "exception", facts | {"message": (exception["message"] or "")[:TEXT_MAX]}
+        return None if match is None else (match.name, facts)
+
+    def _trace_before(self, lines: list[bytes], i: int, event: EngineEvent) -> list[str]:
+        """Return the traceback lines of the same process that stand before line *i* in this block, oldest first."""
+        found: list[str] = []
+        for raw in reversed(lines[max(0, i - _LOOK_BACK_LINES) : i]):
+            text = raw[:1000].decode("utf-8", "replace")
+            for record in _records_of(text, None, 0.0):
+                if (record.process, record.pid) != (event.process, event.pid) or record.level == "INFO":
+                    continue
+                if "Traceback (most recent" in record.text or _EXCEPTION.match(record.text):
+                    return found[::-1]
+                if record.text[:2].isspace():
+                    found.append(record.text.strip())
+        return found[::-1]
+
+    def _note_served(self, block: bytes, base: int) -> None:
+        if self._first_served is None:
+            position = block.find(_POST)
+            for _ in range(_SERVED_TRIES):
+                if position < 0:
+                    break
+                if _was_served(block, position):
+                    self._first_served = (base + block.count(b"\n", 0, position), _line_at(block, position))
+                    break
+                position = block.find(_POST, position + 1)
+        position = block.rfind(_POST)
+        for _ in range(_SERVED_TRIES):
+            if position < 0:
+                return
+            if _was_served(block, position):
+                self._last_served = _Served(block, position, base)
+                return
+            position = block.rfind(_POST, 0, position)
+
+    def _counted_events(self) -> Iterator[tuple[tuple[int, int], EngineEvent]]:
+        """Yield what is kept as bare lines until now: statistics and served requests."""
+        served = [self._first_served]
+        if self._last_served is not None:
+            served.append(self._last_served.line())
+        for number, raw in sorted({line for line in served if line is not None}):
+            for record in self._records(raw):
+                yield (number, 0), self._event("request-served", number, record, {})
+        stats = list(self._stats)
+        if self._first_stats is not None and self._first_stats not in stats:
+            stats.insert(0, self._first_stats)
+        for number, raw in stats:
+            for record in self._records(raw):
+                facts = stats_facts(record.text)
+                if facts:
+                    yield (number, 0), self._event("stats", number, record, facts)
+                    if facts.get("preemptions"):
+                        yield (number, 1), self._event("preemption", number, record, {"count": facts["preemptions"]})
+
+    def _event(self, signal: str, number: int, record: Record, facts: dict[str, Fact]) -> EngineEvent:
+        return EngineEvent(
+            signal=signal,
+            text=record.text.strip()[:TEXT_MAX],
+            where=f"{self._name}:{number}",
+            log=self.log,
+            at=record.at,
+            level=record.level,
+            process=record.process,
+            pid=record.pid,
+            facts=facts,
+        )
+
+    def _last_stamp(self) -> float | None:
+        for raw in reversed(self._tail):
+            stamps = [record.at for record in self._records(raw) if record.at is not None]
+            if stamps:
+                return stamps[-1]
+        return self._kept.last_at
+
+
+def read(text: bytes, log: str, at: float, utc_offset_seconds: float = 0.0) -> LogReading:
+    """Read a whole log that is in memory. *at* is now, or when the log was written, Unix seconds."""
+    reader = LogReader(log, utc_offset_seconds=utc_offset_seconds)
+    reader.feed(text, at)
+    return reader.finish()
+
+
+# What is kept of a visit.
+
+
+class _KeptEvents:
+    """The first and the last events of each signal, in each life of the engine."""
+
+    def __init__(self) -> None:
+        self._lives: list[dict[str, _KeptOfSignal]] = [{}]
+        self._has_run = False
+        self.dropped = 0
+        self.last_at: float | None = None
+        self._latest: _KeptOfSignal | None = None
+
+    def add(self, place: tuple[int, int], event: EngineEvent) -> bool:
+        """Keep an event, or count it with the one before it that says the same; whether it stands on its own."""
+        if event.signal in _IDENTITY_SIGNALS:
+            if self._has_run:
+                self._begin_life()
+        else:
+            self._has_run = self._has_run or event.signal not in _BEFORE_RUNNING
+        self.last_at = event.at or self.last_at
+        kept = self._lives[-1].get(event.signal)
+        if kept is None:
+            kept = self._lives[-1][event.signal] = _KeptOfSignal()
+        self._latest = kept
+        return kept.add(place, event)
+
+    def complete(self, event: EngineEvent) -> None:
+        """Put *event* in the place of the one that was added last."""
+        if self._latest is not None:
+            self._latest.replace_last(event)
+
+    def _begin_life(self) -> None:
+        self._has_run = False
+        if len(self._lives) == LIVES_KEPT:
+            self.dropped += sum(kept.seen for kept in self._lives[2].values())
+            del self._lives[2]
+        self._lives.append({})
+
+    def events(self) -> Iterator[tuple[tuple[int, int], EngineEvent]]:
+        for life in self._lives:
+            for kept in life.values():
+                self.dropped += kept.dropped
+                yield from kept.first
+                yield from kept.last
+
+
+class _KeptOfSignal:
+    def __init__(self) -> None:
+        self.first: list[tuple[tuple[int, int], EngineEvent]] = []
+        self.last: deque[tuple[tuple[int, int], EngineEvent]] = deque()
+        self.seen = self.dropped = 0
+
+    def add(self, place: tuple[int, int], event: EngineEvent) -> bool:
+        self.seen += 1
+        end = self.last or self.first
+        if end and _same(end[-1][1], event):
+            end[-1] = (end[-1][0], msgspec.structs.replace(end[-1][1], count=end[-1][1].count + 1))
+            return False
+        if len(self.first) < FIRST_KEPT:
+            self.first.append((place, event))
+            return True
+        if len(self.last) == LAST_KEPT:
+            self.dropped += self.last.popleft()[1].count
+        self.last.append((place, event))
+        return True
+
+    def replace_last(self, event: EngineEvent) -> None:
+        end = self.last or self.first
+        end[-1] = (end[-1][0], event)
+
+
+def _same(one: EngineEvent, other: EngineEvent) -> bool:
+    return one.process == other.process and one.pid == other.pid and one.text == other.text
+
+
+class _Served(msgspec.Struct, frozen=True):
+    """A served request, as its place in a block: its line is counted only when somebody asks."""
+
+    block: bytes
+    position: int
+    base: int
+
+    def line(self) -> tuple[int, bytes]:
+        return self.base + self.block.count(b"\n", 0, self.position), _line_at(self.block, self.position)
+
+
+class _Trace(msgspec.Struct):
+    """An open traceback of a process."""
+
+    chained: bool = False
+    """It follows from the one before it."""
+    lines: int = 0
+
+
+_TAIL_LINES = 64
+_TRACES_MAX = 256
+_TRACE_MAX_LINES = 400
+_LOOK_BACK_LINES = 60
+_SERVED_TRIES = 100
+
+_IDENTITY_SIGNALS = frozenset({"engine-version", "engine-config", "non-default-args"})
+_BEFORE_RUNNING = frozenset(row.name for row in (*signals.IDENTITY, *signals.ALL_REDUCE, *signals.PRECISION)) | {
+    "load-started", "weights-loaded", "kv-cache-memory", "kv-cache-size", "graphs-captured",
+}  # fmt: skip
+_WITH_TRACE = frozenset({"exception", "cuda-error", "cuda-out-of-memory", "nccl-error", "rpc-timeout", "launch-error", "nvml-error"})  # fmt: skip
+
+# Access lines of uvicorn end with the answer; with ANSI colours and CRLF too.
+_STATUS = ("200 OK", "404 Not Found", "400 Bad Request", "401 Unauthorized", "422 Unprocessable Entity", "500 Internal Server Error", "503 Service Unavailable")  # fmt: skip
+_ANSWERED = tuple(status.encode() + end for end in (b"", b"\x1b[0m", b"\r") for status in _STATUS)
+_POST = b"POST /"
+_STATS_STARTS = (b"Engine ", b"Avg prompt")
+_AGGREGATED = b"Engines Aggregated: "
+_INFORMING_STARTS = tuple(start.encode() for start in signals.INFORMING_STARTS)
+_GATE = tuple(token.encode() for token in signals.GATE)
+_LITERALS = tuple(
+    dict.fromkeys(text.encode() for text in (*(row.literal for row in signals.SIGNALS), *signals.EXCEPTION_LITERALS))
+)
+
+
+def _was_served(block: bytes, position: int) -> bool:
+    """Whether the POST access line at *position* was answered with 2xx."""
+    end = block.find(b"\n", position, position + 300)
+    line = block[position : end if end >= 0 else position + 300]
+    return b'HTTP/1.1" 2' in line or b'HTTP/1.0" 2' in line or _SERVED_COLOURED.search(line) is not None
+
+
+_SERVED_COLOURED = re.compile(rb'HTTP/[\d.]+(?:\x1b\[\d*m)?" ?(?:\x1b\[\d*m)?2\d\d')
+
+
+def _line_at(block: bytes, position: int) -> bytes:
+    start = block.rfind(b"\n", 0, position) + 1
+    end = block.find(b"\n", position)
+    return block[start : end if end >= 0 else None][:LINE_MAX_BYTES]
+
+
+# What one line says of itself.
+
+_ANSI = re.compile(r"(?:\x1b|←|\ufffd\[|\^\[)\[?[0-9;]*m|\x1b\[[0-9;?]*[A-Za-z]|\[[0-9]{1,2}(?:;[0-9]{1,3})*m")
+_ZONED = re.compile(
+    r"\s*[\[(]?(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d+))?(?: (DP\d+ TP\d+|TP\d+|DP\d+))?"
+    r"(Z| ?[+-]\d\d:?\d\d)?[\])]?(?: std(?:out|err) [FP])? ?"
+)
+_JOURNAL = re.compile(r"([A-Z][a-z]{2}) ([ \d]\d) (\d\d):(\d\d):(\d\d) \S+ [\w.@/\\-]+(?:\[\d+\])?: ?")
+_WRAPPING = re.compile(
+    r"[\w.-]+-\d+\s{1,12}\| ?"  # docker compose
+    r"|\[rank(?P<rank>\d+)\]: ?"  # torch.distributed's excepthook
+    r"|(?:> ?)+|E {3,}|#+ |[-*] (?=[A-Z(\[])"  # a quotation, pytest, Markdown
+    r"|\d{1,4}: (?=[A-Z(\[])"  # srun --label
+)
+_PROCESS = re.compile(
+    r"\(?(?P<process>[A-Za-z][\w-]*?)(?: rank=(?P<rank>\d+))?(?: (?P<ranks>[A-Z]+\d+(?:_[A-Z]+\d+)*))?"
+    r" pid=(?P<pid>\d{1,9})(?:, ip=[^)]{1,60})?\) ?"
+)
+_STAMPED = re.compile(
+    r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) (?P<month>\d\d)-(?P<day>\d\d) (?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d)"
+    r"(?:[.,]\d{1,6})? \[?[\w./<>-]+:\d+\](?: |$)"
+)
+_GLUED = re.compile(r"(?:\([A-Za-z][\w-]*[^()]{0,40} pid=\d{1,9}[^)]{0,60}\) ?)?" + _STAMPED.pattern)
+_UVICORN = re.compile(r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL): {2,}")
+_PLACE = re.compile(r"\[?[\w./-]*\.py:\d+\] ")
+_GLOG = re.compile(
+    r"\[(?P<level>[EWIF])(?P<month>\d{1,2})(?P<day>\d\d) (?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d)\.\d+ [\w.]+:\d+\] "
+    r"(?:\[(?:PG [^\]]*?)?[Rr]ank (?P<rank>\d+)\] )?"
+)
+_NCCL = re.compile(
+    r"(?:\[(\d{4})-(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\] )?[\w.-]+:(?P<pid>\d+):\d+ (?:\[(?P<device>\d+)\] )?"
+    r"(?P<text>(?:\S+ )?NCCL (?P<level>WARN|INFO|TRACE) .*)"
+)
+_RANK_OF_NAME = re.compile(r"(?:^|_|TP)(?:Worker_)?TP(\d+)(?:_EP\d+)?$")
+_GLOG_LEVELS = {"E": "ERROR", "W": "WARNING", "I": "INFO", "F": "CRITICAL"}
+_MONTHS = {
+    "Jan": 1, "Feb": 2, "Mar": 3, "Apr": 4, "May": 5, "Jun": 6, "Jul": 7, "Aug": 8, "Sep": 9, "Oct": 10, "Nov": 11, "Dec": 12,
+}  # fmt: skip
+
+
+def _records_of(text: str, reference: float | None, utc_offset_seconds: float) -> Iterator[Record]:
+    """Take one line apart; a wrapped one (docker's JSON) may hold several. *reference* None: stamps are left out."""
+    if text.startswith("{"):
+        wrapped = _wrapped(text)
+        if wrapped is not None:
+            yield from _of_json(wrapped, reference, utc_offset_seconds)
+            return
+    record = Record(_ANSI.sub("", text) if "m" in text else text)
+    if _strip(record, reference, utc_offset_seconds):
+        yield record
+        return
+    glued = _GLUED.search(record.text)  # a progress bar before it on the same line
+    if glued is not None:
+        record = Record(record.text[glued.start() :], at=record.at)
+        _strip(record, reference, utc_offset_seconds)
+    yield record
+
+
+def _strip(record: Record, reference: float | None, utc_offset_seconds: float) -> bool:
+    """Take off what stands before the message and note what it says; whether a record's level was found."""
+    for _ in range(_PREFIXES_MAX):
+        text = record.text
+        if (found := _STAMPED.match(text)) is not None:
+            record.level = found["level"]
+            record.at = record.at or _stamp(found, reference, utc_offset_seconds)
+        elif (found := _PROCESS.match(text)) is not None:
+            _note_process(record, found)
+        elif (found := _GLOG.match(text)) is not None:
+            record.level = _GLOG_LEVELS[found["level"]]
+            record.at = record.at or _stamp(found, reference, utc_offset_seconds)
+            record.rank = int(found["rank"]) if found["rank"] else record.rank
+        elif (found := _NCCL.match(text)) is not None:
+            record.pid = int(found["pid"])
+            record.level = {"WARN": "WARNING"}.get(found["level"], "DEBUG")
+            if found[1]:
+                record.at = record.at or _unix([int(part) for part in found.groups()[:6]], utc_offset_seconds)
+            record.text = found["text"]
+            return True
+        elif (found := _UVICORN.match(text)) is not None:
+            record.level = found["level"]
+        elif (found := _ZONED.match(text)) is not None:
+            zone = _zone_seconds(found[9]) if found[9] else utc_offset_seconds
+            record.at = _unix([int(part) for part in found.groups()[:6]], zone)
+            if found[8]:
+                record.process = found[8].replace(" ", "_")
+                tensor = re.search(r"TP(\d+)", found[8])
+                record.rank = int(tensor[1]) if tensor else record.rank
+        elif (found := _JOURNAL.match(text)) is not None and found[1] in _MONTHS:
+            stamp = [_MONTHS[found[1]], *(int(part) for part in found.groups()[1:5])]
+            record.at = None if reference is None else stamp_time(stamp, reference, utc_offset_seconds)
+        elif (found := _WRAPPING.match(text)) is not None and found.end():
+            rank = found["rank"]
+            record.rank = int(rank) if rank else record.rank
+        elif (found := _PLACE.match(text)) is not None:
+            pass
+        else:
+            return bool(record.level)
+        record.text = text[found.end() :]
+    return bool(record.level)
+
+
+_PREFIXES_MAX = 8
+
+
+def _note_process(record: Record, found: re.Match[str]) -> None:
+    name = found["process"]
+    if found["ranks"]:
+        name = f"{name}_{found['ranks']}"
+    elif found["rank"]:
+        name = f"{name}_{found['rank']}"
+    if not record.process or name.startswith(("Worker", "EngineCore", "APIServer", "VllmWorker")):
+        record.process, record.pid = name, int(found["pid"])
+    if found["rank"]:
+        record.rank = int(found["rank"])
+    elif (of_name := _RANK_OF_NAME.search(name)) is not None:
+        record.rank = int(of_name[1])
+
+
+def _stamp(found: re.Match[str], reference: float | None, utc_offset_seconds: float) -> float | None:
+    if reference is None:
+        return None
+    parts = [int(found[name]) for name in ("month", "day", "hour", "minute", "second")]
+    return stamp_time(parts, reference, utc_offset_seconds)
+
+
+def stamp_time(stamp: list[int], reference: float, utc_offset_seconds: float = 0.0) -> float | None:
+    """Return the Unix time of [month, day, hour, minute, second]: the last such moment before *reference* plus a day.
+
+    None where there is no such moment (month 13).
+    """
+    year = 1970 + int(reference // 31_556_952)  # the mean Gregorian year, seconds
+    for candidate in range(year + 1, year - 9, -1):
+        at = _unix([candidate, *stamp], utc_offset_seconds)
+        if at is not None and at <= reference + 86_400:
+            return at
+    return None
+
+
+_DAYS = (0, 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+
+
+def _unix(parts: list[int], utc_offset_seconds: float) -> float | None:
+    year, month, day, hour, minute, second = parts
+    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+    if not (
+        1 <= month <= 12 and 1 <= day <= _DAYS[month] and hour < 24 and minute < 60 and second < 62 and year >= 1970
+    ):
+        return None
+    if month == 2 and day == 29 and not leap:
+        return None
+    return timegm((year, month, day, hour, minute, second, 0, 0, 0)) - utc_offset_seconds
+
+
+def _zone_seconds(zone: str) -> float:
+    zone = zone.strip().replace(":", "")
+    if zone == "Z":
+        return 0.0
+    return (1 if zone[0] == "+" else -1) * (int(zone[1:3]) * 3600 + int(zone[3:5]) * 60)
+
+
+class _Wrapped(msgspec.Struct):
+    """A line of docker's json-file driver, or a JSON record of Python's logging."""
+
+    log: str | None = None
+    time: str | float | None = None
+    asctime: str | None = None
+    timestamp: str | float | None = None
+    levelname: str | None = None
+    level: str | int | None = None
+    processName: str | None = None  # noqa: N815 - the key of Python's logging
+    process: str | int | None = None
+    message: str | None = None
+    msg: str | None = None
+    exc_info: str | None = None
+
+
+def _wrapped(text: str) -> _Wrapped | None:
+    try:
+        return msgspec.json.decode(text.encode(), type=_Wrapped)
+    except (msgspec.DecodeError, UnicodeError):
+        return None
+
+
+def _of_json(wrapped: _Wrapped, reference: float | None, utc_offset_seconds: float) -> Iterator[Record]:
+    message = wrapped.message if wrapped.message is not None else wrapped.msg
+    stamp = _ZONED.match(str(wrapped.time or wrapped.asctime or wrapped.timestamp or ""))
+    at = None
+    if stamp is not None and reference is not None:
+        at = _unix(
+            [int(part) for part in stamp.groups()[:6]], _zone_seconds(stamp[9]) if stamp[9] else utc_offset_seconds
+        )
+    if wrapped.log is not None and message is None:
+        for line in wrapped.log.splitlines():
+            for record in _records_of(line, reference, utc_offset_seconds) if not line.startswith("{") else ():
+                record.at = at or record.at
+                yield record
+        return
+    level = wrapped.levelname or (wrapped.level if isinstance(wrapped.level, str) else "")
+    process, pid = wrapped.processName or "", wrapped.process
+    lines = [*(message or "").splitlines(), *(wrapped.exc_info or "").splitlines()]
+    for line in lines:
+        record = Record(line, level.upper(), process, pid if isinstance(pid, int) else None, None, at)
+        if (of_name := re.search(r"VllmWorker-(\d+)$", process)) is not None:
+            record.rank = int(of_name[1])
+        yield record
+
+
+# What a message says.
+
+_EXCEPTION = re.compile(
+    r"(?P<type>(?:[A-Za-z_]\w*\.){0,8}[A-Z]\w{2,60})(?:\([\w., ]{1,80}\))?(?:: ?(?P<message>.*))?$", re.DOTALL
+)
+_EXCEPTION_IN_TRACE = re.compile(
+    r"(?P<type>(?:[A-Za-z_]\w*\.){0,8}[A-Za-z_]\w{2,60})(?:: (?P<message>.*))?$", re.DOTALL
+)
+_QUOTED_ERROR = re.compile(r"\s+(?:(?:\w+\.)*[A-Z]\w*(?:Error|Exception): |Value error, |.{0,80}NCCL WARN )")
+_CHAIN = ("The above exception was the direct cause", "During handling of the above exception")
+
+
+def _is_quoted_error(text: str) -> bool:
+    """Whether an indented line is an error all the same: pydantic's second line, or an indented paste."""
+    return _QUOTED_ERROR.match(text) is not None
+
+
+def _is_error_type(name: str) -> bool:
+    return name.endswith(("Error", "Exception", "Interrupt", "Failure", "Failed", "Timeout", "Died", "Unsupported"))
+
+
+def _rank_fact(facts: dict[str, Fact]) -> int | None:
+    rank = facts.get("rank")
+    return rank if isinstance(rank, int) else None
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]{1,300})", line \d+, in (?P<function>[\w<>.]{1,80})')
+
+
+def _with_trace(event: EngineEvent, trace: list[str]) -> EngineEvent:
+    """Return the event with `within` (the innermost functions, outermost first) and `code` (the last line of code)."""
+    frames = [found for line in trace if (found := _FRAME.match(line)) is not None]
+    code = [line for line in trace if not line.startswith("File ") and line.strip("^~ ")]
+    facts = dict(event.facts)
+    if frames:
+        facts["within"] = " > ".join(found["function"] for found in frames[-8:])
+        facts["file"] = frames[-1]["file"].rpartition("site-packages/")[2].rpartition("dist-packages/")[2][-120:]
+    if code:
+        facts["code"] = code[-1][:160]
+    return msgspec.structs.replace(event, facts=facts) if len(facts) > len(event.facts) else event
+
+
+_CONFIG = re.compile(
+    r"\b(model|tensor_parallel_size|pipeline_parallel_size|data_parallel_size|quantization|dtype|kv_cache_dtype"
+    r"|max_seq_len|enforce_eager|disable_custom_all_reduce)=('[^']{0,300}'|[\w./-]{1,120})"
+)
+_ARGUMENT = re.compile(r"'([a-z]\w{1,60})': ('[^']{0,300}'|\"[^\"]{0,300}\"|-?[\w.]{1,60})")
+_SECRET = re.compile(
+    r"('?\w*(?:key|token|secret|password|passwd|credential)\w*'?[:=] ?)(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\])", re.IGNORECASE
+)
+
+
+def _without_secrets(signal: str, text: str) -> str:
+    return _SECRET.sub(r"\1'***'", text) if signal in _IDENTITY_SIGNALS else text
+
+
+def _facts_of(match: signals.Match, text: str) -> dict[str, Fact]:
+    facts = dict(match.facts)
+    if match.name == "engine-config":
+        for name, value in _CONFIG.findall(text):
+            facts.setdefault(name, signals.number_or_text(value.strip("'")))
+    elif match.name == "non-default-args":
+        for name, value in _ARGUMENT.findall(_without_secrets(match.name, text)):
+            facts.setdefault(name, signals.number_or_text(value.strip("'\"")))
+    elif match.name == "cuda-out-of-memory":
+        facts |= _holders(text)
+    return facts
+
+
+_HOLDER = re.compile(r"Process (\d+) has ([\d.]+ ?[KMG]?i?B) memory in use")
+
+
+def _holders(text: str) -> dict[str, Fact]:
+    """Return which other processes hold memory, as torch names them: `process_pids`, and `process_bytes` of the largest."""
+    held = {pid: size for pid, text_size in _HOLDER.findall(text) if (size := signals.bytes_of(text_size)) is not None}
+    if not held:
+        return {}
+    facts: dict[str, Fact] = {"process_pids": ",".join(held), "process_bytes": max(held.values())}
+    own = re.search(r"this process has ([\d.]+ ?[KMG]?i?B) memory in use", text)
+    if own is not None and (size := signals.bytes_of(own[1])) is not None:
+        facts["own_bytes"] = size
+    allocated = re.search(r"allocated memory ([\d.]+ ?[KMG]?i?B) is allocated by PyTorch", text)
+    if allocated is not None and (size := signals.bytes_of(allocated[1])) is not None:
+        facts["allocated_bytes"] = size
+    return facts
+
+
+_STATS = re.compile(
+    r"Avg prompt throughput: (?P<prompt>[\d.]+) tokens/s, Avg generation throughput: (?P<generation>[\d.]+) tokens/s, "
+    r"Running: (?P<running>\d+) reqs(?:, Swapped: (?P<swapped>\d+) reqs)?, (?:Waiting|Pending): (?P<waiting>\d+) reqs"
+    r"(?:.*?Preemptions: (?P<preemptions>\d+))?(?:.*?KV cache usage: (?P<usage>[\d.]+)%)?"
+)
+
+
+def stats_facts(text: str) -> dict[str, Fact]:
+    """Return the numbers of a statistics line (V0 or V1), or nothing."""
+    found = _STATS.search(text)
+    if found is None:
+        return {}
+    facts: dict[str, Fact] = {
+        "running": int(found["running"]),
+        "waiting": int(found["waiting"]),
+        "prompt_tokens_per_second": _decimal(found["prompt"]),
+        "generation_tokens_per_second": _decimal(found["generation"]),
+    }
+    if found["usage"] is not None:
+        facts["kv_cache_usage_ratio"] = round(_decimal(found["usage"]) / 100, 4)
+    if found["preemptions"] is not None:
+        facts["preemptions"] = int(found["preemptions"])
+    return facts
+
+
+def _decimal(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
