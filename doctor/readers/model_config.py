@@ -32,6 +32,13 @@ _INTEGERS: dict[str, tuple[str, ...]] = {
     "moe_intermediate_size": ("moe_intermediate_size", "expert_ffn_hidden_size"),
     "shared_expert_intermediate_size": ("shared_expert_intermediate_size",),
     "kv_lora_rank": ("kv_lora_rank",),
+    "q_lora_rank": ("q_lora_rank",),
+    "qk_nope_head_dim": ("qk_nope_head_dim",),
+    "qk_rope_head_dim": ("qk_rope_head_dim",),
+    "v_head_dim": ("v_head_dim",),
+    "shared_experts": ("n_shared_experts", "num_shared_experts"),
+    "dense_layers": ("first_k_dense_replace",),
+    "speculative_layers": ("num_nextn_predict_layers",),
 }
 """Field → its names in config.json, the usual one first (Llama, Qwen, Mixtral, DeepSeek; GPT-2, ChatGLM, Falcon, Mistral)."""
 
@@ -69,6 +76,7 @@ def read(text: bytes | str, quantization: bytes | str | None = None) -> ModelCon
         architecture=_architecture(config),
         model_type=_word(config, "model_type"),
         dtype=_first_word(part, config, ("torch_dtype", "dtype")),
+        tied_embeddings=_flag(part, config, "tie_word_embeddings"),
         **fields,
     )
 
@@ -97,6 +105,11 @@ def _integer(part: dict[str, object], config: dict[str, object], names: tuple[st
             if isinstance(value, list) and value and all(isinstance(v, int) for v in cast("list[object]", value)):
                 return max(cast("list[int]", value))  # a number for each layer: the largest binds
     return _NOT_THERE
+
+
+def _flag(part: dict[str, object], config: dict[str, object], name: str) -> Maybe[bool]:
+    values = (mapping.get(name) for mapping in (part, config))
+    return next((value for value in values if isinstance(value, bool)), _NOT_THERE)
 
 
 def _word(mapping: dict[str, object], name: str) -> Maybe[str]:
@@ -130,6 +143,8 @@ def _quantization(config: dict[str, object], part: dict[str, object], beside: by
                 "quantization_weight_type",
                 "quantization_activations",
                 "weight_block_size",
+                "quantization_group_size",
+                "quantization_ignored",
             ),
             _NOT_QUANTIZED,
         )
@@ -154,6 +169,8 @@ def _quantization(config: dict[str, object], part: dict[str, object], beside: by
         "quantization_weight_type": kind if isinstance(kind, str) else _UNSAID,
         "quantization_activations": _activations(method, algorithm, quantization, activations),
         "weight_block_size": _block(block),
+        "quantization_group_size": _group_size(quantization, weights),
+        "quantization_ignored": _ignored(quantization),
     }
 
 
@@ -211,3 +228,19 @@ def _block(block: object) -> Maybe[tuple[int, ...]]:
     if sides and all(isinstance(side, int) for side in sides):
         return tuple(cast("list[int]", sides))
     return Absent(Why.NOT_PRESENT, "the weights are not quantized by blocks")
+
+
+def _group_size(quantization: dict[str, object], weights: dict[str, object]) -> Maybe[int]:
+    values = (weights.get("group_size"), quantization.get("group_size"), quantization.get("q_group_size"))
+    size = next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), 0)
+    return size if size > 0 else Absent(Why.NOT_PRESENT, "the weights are not quantized by groups")
+
+
+def _ignored(quantization: dict[str, object]) -> Maybe[tuple[str, ...]]:
+    inner = _inner(quantization, "quantization")
+    for name in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"):
+        for mapping in (quantization, inner):
+            modules = mapping.get(name)
+            if isinstance(modules, list):
+                return tuple(module for module in cast("list[object]", modules) if isinstance(module, str))
+    return Absent(Why.NOT_PRESENT, "the quantization names no module that it leaves out")
