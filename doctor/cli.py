@@ -1,11 +1,415 @@
-"""The front door: wires rooms together and holds no logic."""
+"""The front door: wires rooms together and holds no logic.
+
+Rooms are imported inside the commands that need them, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
 import click
 
+from doctor import __version__
 
-@click.group()
-@click.version_option(package_name="gpu-node-doctor", prog_name="gpu-doctor")
+if TYPE_CHECKING:
+    from doctor.config import Site
+    from doctor.report import Report
+    from doctor.rule import AnyRule
+    from doctor.snapshot import Snapshot, Source
+
+KEEP_SECONDS = 3600.0
+"""What the rules remember; every feed is judged with the same memory, or a replay would not be the run."""
+
+CHECK_SECONDS = 1.0
+"""How long `check` looks: two visits, so that counters can be seen to move."""
+
+COULD_NOT_RUN = 3
+INTERRUPTED = 130
+"""As a shell says of a program that SIGINT ended."""
+BROKEN_PIPE = 141
+"""As a shell says of a program that SIGPIPE ended."""
+
+
+class FrontDoor(click.Group):
+    """The commands. What a room refuses becomes one sentence and exit code 3; a reader that leaves is no error."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            super().invoke(ctx)
+            sys.stdout.flush()
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+            raise click.exceptions.Exit(BROKEN_PIPE) from None
+        except OSError as e:
+            refuse(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+        except Exception as e:
+            if not isinstance(e, _refusals()):
+                import traceback
+
+                traceback.print_exc()
+                refuse("this is a bug of gpu-doctor; please report it with the lines above")
+            refuse(str(e))
+
+
+def refuse(sentence: str) -> NoReturn:
+    """End the program: it could not do what was asked, and *sentence* says why."""
+    click.echo(f"gpu-doctor: {sentence}", err=True)
+    raise click.exceptions.Exit(COULD_NOT_RUN)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return the exception of each room's seam."""
+    from doctor.config import ConfigError
+    from doctor.daemon import DaemonError
+    from doctor.feeds.evidence import EvidenceError
+    from doctor.feeds.recording import RecordingError
+    from doctor.simulation.faults import FaultError
+
+    return (ConfigError, DaemonError, EvidenceError, FaultError, RecordingError)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path)
+
+with_simulation = [
+    click.option("--simulate", metavar="PROFILE", help="A node that does not exist; `simulate --list` names them."),
+    click.option(
+        "--fault", "faults", metavar="FAULT", multiple=True, help="A fault of the simulated node; repeatable."
+    ),
+]
+with_node = [
+    *with_simulation,
+    click.option(
+        "--root",
+        type=FILE,
+        default=Path("/"),
+        metavar="DIR",
+        help="Where the node's file system is mounted; default /.",
+    ),
+]
+with_site = [click.option("--config", type=FILE, metavar="FILE", help="The site's configuration, TOML.")]
+with_verdict = [
+    *with_site,
+    click.option(
+        "--optional",
+        multiple=True,
+        metavar="SOURCE",
+        help="A source that this node can do without (nvml, kernel-log, engine-log, engine-metrics): "
+        "unseen, it does not make the verdict incomplete; repeatable.",
+    ),
+]
+with_format = [
+    click.option(
+        "--format",
+        "form",
+        type=click.Choice(["console", "json", "markdown", "nagios"]),
+        default="console",
+        show_default=True,
+        help="How the report is told.",
+    )
+]
+
+
+def options(*groups: list[Callable[[F], F]]) -> Callable[[F], F]:
+    """Decorate a command with groups of options."""
+
+    def decorate(command: F) -> F:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group(cls=FrontDoor, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="gpu-doctor")
 def cli() -> None:
-    """Tell what is wrong with this LLM-serving GPU node, why, and what to do."""
+    """Tell what is wrong with this LLM-serving GPU node, why, and what to do.
+
+    Exit code: 0 clear or notice, 1 warning, 2 critical, 3 incomplete or could not run.
+    """
+
+
+@cli.command()
+@options(with_node, with_verdict, with_format)
+@click.option("--replay", type=FILE, metavar="FILE", help="Judge a recording instead of this node.")
+@click.option(
+    "--for",
+    "seconds",
+    type=click.FloatRange(min=0),
+    default=CHECK_SECONDS,
+    metavar="SECONDS",
+    show_default=True,
+    help="How long to look, one visit a second.",
+)
+@click.pass_context
+def check(
+    ctx: click.Context,
+    *,
+    simulate: str | None,
+    faults: tuple[str, ...],
+    root: Path,
+    config: Path | None,
+    optional: tuple[str, ...],
+    form: str,
+    replay: Path | None,
+    seconds: float,
+) -> None:
+    """Judge this node now."""
+    site = _site(config)
+    if replay is not None:
+        from doctor.feeds import recording
+
+        visits = _closable(recording.read(replay))
+    else:
+        visits = _visits(site, simulate, faults, root, times=1 + round(seconds))
+    report = _last_report(visits, _rules(site), _optional(site, optional))
+    _tell(report, form)
+    ctx.exit(report.verdict.exit_code)
+
+
+@cli.command()
+@options(with_node, with_site)
+@click.option(
+    "--for",
+    "seconds",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    metavar="SECONDS",
+    show_default=True,
+    help="How long to record, one visit a second. Ctrl-C ends it earlier; what was written is whole.",
+)
+@click.option("-o", "--output", type=FILE, required=True, metavar="FILE", help="The recording.")
+def record(
+    *,
+    simulate: str | None,
+    faults: tuple[str, ...],
+    root: Path,
+    config: Path | None,
+    seconds: float,
+    output: Path,
+) -> None:
+    """Write what the visits saw, for `check --replay`."""
+    from doctor.feeds import recording
+
+    visits = _visits(_site(config), simulate, faults, root, times=1 + round(seconds))
+    number = 0
+    try:
+        with closing(visits):
+            for _ in recording.write(visits, output, f"gpu-doctor {__version__}"):
+                number += 1
+    except KeyboardInterrupt:
+        pass
+    click.echo(f"{output}: {number} visits", err=True)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=FILE, metavar="FILE…")
+@options(with_site, with_format)
+@click.pass_context
+def triage(ctx: click.Context, files: tuple[Path, ...], config: Path | None, form: str) -> None:
+    """Judge pasted evidence: an engine's log, dmesg, collect_env, nvidia-smi -q, topo -m, a metrics page.
+
+    Any mix of them; the kind of a file is told by its content.
+    """
+    import time
+
+    from doctor.feeds import evidence
+
+    site = _site(config)
+    visits = _closable(evidence.read(files, now=time.time()))
+    report = _last_report(visits, _rules(site), frozenset(site.optional))
+    _tell(report, form)
+    ctx.exit(report.verdict.exit_code)
+
+
+@cli.command()
+@options(with_node, with_verdict)
+@click.option(
+    "--listen", default="127.0.0.1:9481", metavar="HOST:PORT", show_default=True, help="Where to serve /metrics."
+)
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1),
+    default=15.0,
+    metavar="SECONDS",
+    show_default=True,
+    help="Time between visits.",
+)
+def daemon(
+    *,
+    simulate: str | None,
+    faults: tuple[str, ...],
+    root: Path,
+    config: Path | None,
+    optional: tuple[str, ...],
+    listen: str,
+    interval: float,
+) -> None:
+    """Judge this node for ever, and serve /metrics, /healthz and /report."""
+    from doctor import daemon
+
+    site = _site(config)
+    daemon.run(
+        _visits(site, simulate, faults, root, interval=interval),
+        _rules(site),
+        listen=daemon.address(listen),
+        interval_seconds=interval,
+        keep_seconds=KEEP_SECONDS,
+        version=__version__,
+        optional=_optional(site, optional),
+    )
+
+
+@cli.command()
+@click.argument("failure_mode", metavar="ID")
+def explain(failure_mode: str) -> None:
+    """Show the runbook of a failure mode."""
+    from exporters import runbook
+    from rules import RULES
+
+    rule = next((rule for rule in RULES if rule.id == failure_mode), None)
+    if rule is None:
+        import difflib
+
+        near = difflib.get_close_matches(failure_mode, [rule.id for rule in RULES], n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; `gpu-doctor rules` lists them"
+        refuse(f"{failure_mode!r} is no failure mode{hint}")
+    _say(runbook.render(rule.id, rule.runbook, _terminal()))
+
+
+@cli.command()
+@click.option("--list", "listing", is_flag=True, required=True, help="Name every profile and every fault.")
+def simulate(listing: bool) -> None:  # noqa: ARG001 - the flag says what there is to do
+    """Name the nodes and faults that `check`, `record` and `daemon` can simulate."""
+    from exporters import catalogue
+
+    _say(catalogue.drills_screen(_terminal()))
+
+
+@cli.command()
+@options(with_node, with_site)
+@click.option("--format", "form", type=click.Choice(["console", "markdown"]), default="console", show_default=True)
+def rules(*, simulate: str | None, faults: tuple[str, ...], root: Path, config: Path | None, form: str) -> None:
+    """List every failure mode, its severity, what it needs, and whether this node can judge it."""
+    from exporters import catalogue
+
+    site = _site(config)
+    if form == "markdown":
+        _say(catalogue.rules_markdown(_rules(site), "rules/"))
+        return
+    report = _last_report(_visits(site, simulate, faults, root, times=1), _rules(site), frozenset(site.optional))
+    _say(catalogue.rules_screen(_rules(site), report, _terminal()))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of `--format json`."""
+    from exporters import json
+
+    _say(json.schema().decode())
+
+
+def _site(path: Path | None) -> Site:
+    from doctor import config
+
+    return config.Site() if path is None else config.read(path)
+
+
+def _rules(site: Site) -> tuple[AnyRule, ...]:
+    from doctor import config
+    from rules import RULES
+
+    return config.lay_over(RULES, site)
+
+
+def _optional(site: Site, names: tuple[str, ...]) -> frozenset[Source]:
+    from doctor.snapshot import Source
+
+    known = {source.value: source for source in Source}
+    for name in names:
+        if name not in known:
+            refuse(f"--optional {name}: there is no such source; there are {', '.join(known)}")
+    return frozenset(site.optional) | {known[name] for name in names}
+
+
+def _visits(
+    site: Site,
+    simulate: str | None,
+    faults: tuple[str, ...],
+    root: Path,
+    *,
+    interval: float = 1.0,
+    times: int | None = None,
+) -> Generator[Snapshot, None, None]:
+    """Return the visits of this node, or of a simulated one; closing them lets go of the node."""
+    if simulate is not None:
+        from doctor.feeds import simulated
+
+        return _closable(simulated.node(simulate, faults, every=interval, times=times))
+    if faults:
+        raise click.UsageError("--fault is of a simulated node: it needs --simulate PROFILE")
+    from doctor.feeds import live
+
+    collectors = live.collectors(root, logs=site.engine.logs, metrics=site.engine.metrics)
+    return _closable(live.every(interval, collectors, times))
+
+
+def _closable(visits: Iterator[Snapshot]) -> Generator[Snapshot, None, None]:
+    yield from visits
+
+
+def _last_report(
+    visits: Generator[Snapshot, None, None], rules: tuple[AnyRule, ...], optional: frozenset[Source]
+) -> Report:
+    from doctor.diagnose import watch
+
+    last: Report | None = None
+    with closing(visits):
+        for report in watch(visits, rules, KEEP_SECONDS, optional):
+            last = report
+    if last is None:
+        refuse("there is no visit to judge: the recording ends behind its first line")
+    return last
+
+
+def _tell(report: Report, form: str) -> None:
+    if form == "json":
+        from exporters import json
+
+        _say(json.render(report).decode())
+    elif form == "markdown":
+        from exporters import markdown
+
+        _say(markdown.render(report))
+    elif form == "nagios":
+        from exporters import nagios
+
+        _say(nagios.render(report))
+    else:
+        from exporters import console
+
+        _say(console.render(report, _terminal()))
+
+
+def _terminal() -> Any:
+    from exporters.terminal import terminal_of
+
+    return terminal_of(sys.stdout, os.environ)
+
+
+def _say(text: str) -> None:
+    """Print; a character that the locale can't show becomes a question mark instead of an error."""
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
