@@ -1,0 +1,277 @@
+"""What an engine's log tells about its life: whether it came up, served, was stopped, and what broke it.
+
+A log is judged in its own time: an error before a successful start is past, an error that the engine outlived is no
+outage, and what a process prints while it is being stopped is no error at all. Of what is left, the cause is the first
+error over all processes; the lines by which the others report that death are never the cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from doctor.history import History, measured_once
+from doctor.snapshot import EngineEvent
+
+REPORTS_OF_DEATH = frozenset(
+    {
+        "engine-fatal",
+        "engine-dead",
+        "engine-core-init-failed",
+        "worker-init-failed",
+        "worker-failed",
+        "watchdog-exception",
+        "watchdog-work",
+    }
+)
+"""Lines that say that something died, and never why (vLLM: "See root cause above")."""
+
+_DEATHS = REPORTS_OF_DEATH - {"worker-failed", "watchdog-work"} | {"worker-died", "process-signal"}
+"""Lines after which the engine does not serve on."""
+
+_DECISIVE = frozenset(
+    {
+        "cuda-error",
+        "cuda-out-of-memory",
+        "sampler-warmup-out-of-memory",
+        "free-memory-below-utilization",
+        "host-memory-too-small",
+        "memory-profiling-disturbed",
+        "no-kv-blocks",
+        "kv-cache-too-small",
+        "fp8-kernel-missing",
+        "nvml-error",
+        "nccl-nvls-failed",
+        "nccl-shm-failed",
+        "nccl-duplicate-gpu",
+        "nccl-driver-too-old",
+        "nccl-p2p-disabled",
+        "no-space-left",
+        "p2p-probe-failed",
+        "watchdog-timeout",
+    }
+)
+"""Errors that name a cause in their own words."""
+
+_INDECISIVE = frozenset({"rpc-timeout", "nccl-error", "nccl-peer-lost", "nccl-library-missing", "watchdog-heartbeat"})
+"""Errors that say what could not be done; a decisive one beside them is the cause."""
+
+_POISONED = frozenset(
+    {
+        "cuda-error",
+        "watchdog-timeout",
+        "nccl-error",
+        "nccl-nvls-failed",
+        "nvml-error",
+        "process-signal",
+        "worker-died",
+        "rpc-timeout",
+    }
+)
+"""Errors that a running engine does not outlive, even where its log ends before it says so."""
+
+KILLED_EXIT_CODES = {-9: "SIGKILL", -11: "SIGSEGV", -7: "SIGBUS", -6: "SIGABRT", -4: "SIGILL", -8: "SIGFPE", 137: "SIGKILL", 139: "SIGSEGV", 135: "SIGBUS", 134: "SIGABRT"}  # fmt: skip
+"""Exit codes that tell a signal: Python's negative numbers, and a shell's 128 + n."""
+
+_AFTERMATH_TYPES = ("CancelledError", "ConnectionResetError", "BrokenPipeError", "ConnectionRefusedError", "EOFError", "DistNetworkError", "DistStoreError", "ActorDiedError", "ValidationError", "SystemExit", "KeyboardInterrupt", "ZMQError", "CalledProcessError", "ClientDisconnect", "WorkerCrashedError")  # fmt: skip
+_AFTERMATH_MESSAGES = ("cancelled", "cannot schedule new futures after", "Event loop is closed", "Executor failed", "Event loop stopped")  # fmt: skip
+_VAGUE_LAUNCH_ERRORS = ("no-device-type", "model-inspection")
+
+
+class Incident(msgspec.Struct, frozen=True, kw_only=True):
+    """What broke an engine and is not over."""
+
+    log: str
+    cause: EngineEvent
+    """The first error that can be a cause, over all processes, in the order of the log."""
+    events: tuple[EngineEvent, ...]
+    """Every error of the incident, in the order of the log; the cause among them."""
+    fatal: bool
+    """Whether the log says that the engine, or a process of it, died."""
+    serving: bool
+    """Whether the engine had come up before."""
+    at: float | None = None
+    """When the cause was logged, or the last stamp before it, Unix seconds."""
+
+    def having(self, *signals: str, kinds: Iterable[str] = ()) -> tuple[EngineEvent, ...]:
+        """Return its events with one of these signals and, where given, one of these kinds."""
+        wanted = frozenset(kinds)
+        return tuple(
+            event
+            for event in self.events
+            if event.signal in signals and (not wanted or event.facts.get("kind") in wanted)
+        )
+
+
+class EngineLog(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine's log, as far as the history holds it."""
+
+    log: str
+    engine: str
+    """`Engine.id` where the engine runs, else the log."""
+    events: tuple[EngineEvent, ...]
+    """Those of its present life: since it was started last."""
+    serving: bool
+    """Whether this life came up, or is seen at work."""
+    stopped: bool
+    """Whether somebody asked it to stop."""
+    incident: Incident | None
+
+    def having(self, *signals: str) -> tuple[EngineEvent, ...]:
+        """Return the events of the present life with one of these signals."""
+        return tuple(event for event in self.events if event.signal in signals)
+
+    def fact(self, name: str) -> str:
+        """Return what the engine says of its own configuration, in words; empty where it says nothing.
+
+        The effective configuration line outranks the arguments.
+        """
+        for signal in ("engine-config", "engine-version", "non-default-args"):
+            for event in self.having(signal):
+                if name in event.facts and str(event.facts[name]) != "None":
+                    return str(event.facts[name])
+        return ""
+
+
+@measured_once
+def engine_logs(history: History) -> tuple[EngineLog, ...]:
+    """Return every engine log of the history."""
+    by_log: dict[str, list[EngineEvent]] = {}
+    for event in history.engine_events():
+        by_log.setdefault(event.log, []).append(event)
+    running = {engine.log: engine.id for engine in history.latest.engines if isinstance(engine.log, str)}
+    return tuple(_engine_log(log, events, running.get(log)) for log, events in by_log.items())
+
+
+def incidents(history: History) -> tuple[tuple[EngineLog, Incident], ...]:
+    """Return the incidents that are not over, with their logs."""
+    return tuple((log, log.incident) for log in engine_logs(history) if log.incident is not None)
+
+
+def is_progress(event: EngineEvent) -> bool:
+    """Whether this line shows the engine at work: an answered request, or tokens generated."""
+    if event.signal == "request-served":
+        return True
+    return event.signal == "stats" and (_number(event, "generation_tokens_per_second") > 0)
+
+
+def _number(event: EngineEvent, name: str) -> float:
+    value = event.facts.get(name, 0)
+    return value if isinstance(value, int | float) else 0.0
+
+
+def _engine_log(log: str, events: list[EngineEvent], running: str | None) -> EngineLog:
+    life_start = 0
+    serving = stopped = False
+    errors: list[EngineEvent] = []
+    stamp: float | None = None
+    stamps: dict[str, float | None] = {}
+    seen_running = False
+    for i, event in enumerate(events):
+        stamp = event.at if event.at is not None else stamp
+        stamps[event.where] = stamp
+        if event.signal in ("engine-version", "engine-config", "non-default-args"):
+            if seen_running:
+                life_start, serving, stopped, seen_running = i, False, False, False
+        elif event.signal == "startup-complete":
+            errors, serving, stopped, seen_running = [], True, False, True
+        elif event.signal == "shutdown":
+            seen_running = True
+            if _is_orderly(errors, serving):
+                errors, stopped = [], True
+        elif is_progress(event):
+            seen_running = True
+            if not stopped:
+                serving = True
+            if not any(error.signal in _DEATHS for error in errors):
+                errors = []
+        elif _is_error(event):
+            seen_running = True
+            if not stopped:
+                errors.append(event)
+    return EngineLog(
+        log=log,
+        engine=running or log,
+        events=tuple(events[life_start:]),
+        serving=serving,
+        stopped=stopped,
+        incident=_incident(log, errors, stamps, serving=serving, runs=running is not None),
+    )
+
+
+def _is_orderly(errors: list[EngineEvent], serving: bool) -> bool:
+    """Whether a stop that follows these errors was asked for from outside, rather than their consequence."""
+    if not errors:
+        return True
+    return serving and not any(error.signal in _DEATHS | _POISONED for error in errors)
+
+
+def _is_error(event: EngineEvent) -> bool:
+    if event.signal in REPORTS_OF_DEATH | _DECISIVE | _INDECISIVE:
+        return True
+    if event.signal == "multicast-unsupported":  # logged as a warning where the engine goes on without
+        return "type" in event.facts
+    return event.signal in ("exception", "worker-died", "process-signal", "launch-error")
+
+
+def _incident(
+    log: str, errors: list[EngineEvent], stamps: dict[str, float | None], *, serving: bool, runs: bool
+) -> Incident | None:
+    fatal = any(error.signal in _DEATHS for error in errors)
+    if not fatal and (serving or runs):
+        errors = [error for error in errors if error.signal in _POISONED]
+    if all(error.level == "DEBUG" for error in errors):
+        return None
+    cause = _cause_among(errors)
+    return Incident(
+        log=log, cause=cause, events=tuple(errors), fatal=fatal, serving=serving, at=stamps.get(cause.where)
+    )
+
+
+def _cause_among(errors: list[EngineEvent]) -> EngineEvent:
+    candidates = [error for error in errors if error.signal not in REPORTS_OF_DEATH]
+    # A DEBUG line gives the reason of a vague failure, and is none by itself.
+    first = next((error for error in candidates if error.level != "DEBUG"), None)
+    if first is None:
+        return errors[0]
+    if not _is_vague(first):
+        return _end_of_chain(candidates[candidates.index(first) :])
+    decisive = _DECISIVE | (
+        {"launch-error", "exception", "process-signal"} if first.signal in _GIVES_WAY else frozenset[str]()
+    )
+    return next((e for e in candidates if e.signal in decisive and not _is_vague(e)), first)
+
+
+_GIVES_WAY = frozenset({"exception", "launch-error", "worker-died", "process-signal"})
+"""Where a vague line of these comes first, any plain error after it is the better cause."""
+
+
+def _end_of_chain(candidates: list[EngineEvent]) -> EngineEvent:
+    """Return the first error or, where Python chained a plainer one to it in the same process, that one."""
+    first = candidates[0]
+    if first.signal != "exception":
+        return first
+    for error in candidates[1:]:
+        if (error.process, error.pid) != (first.process, first.pid) or "chained" not in error.facts:
+            break
+        if error.signal != "exception":
+            return error
+    return first
+
+
+def _is_vague(error: EngineEvent) -> bool:
+    """Whether this error gives way to a decisive one beside it."""
+    facts = error.facts
+    match error.signal:
+        case "exception":
+            message = str(facts.get("message", ""))
+            return str(facts.get("type", "")).endswith(_AFTERMATH_TYPES) or message.startswith(_AFTERMATH_MESSAGES)
+        case "worker-died":
+            return facts.get("exit_code") not in KILLED_EXIT_CODES
+        case "process-signal":
+            return facts.get("kind") == "abort"
+        case "launch-error":
+            return facts.get("kind") in _VAGUE_LAUNCH_ERRORS
+        case signal:
+            return signal in _INDECISIVE or signal in REPORTS_OF_DEATH
