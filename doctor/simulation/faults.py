@@ -204,7 +204,85 @@ NVML_KINDS = (
 )
 """Faults that NVML shows."""
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in NVML_KINDS}
+RANK = Parameter("rank", "tensor-parallel rank", minimum=0)
+
+HOST_KINDS = (
+    Kind(
+        name="nccl-timeout",
+        text="A rank does not arrive at a collective; the others wait a minute, then the engine dies",
+        parameters=(RANK,),
+        activity="spinning",
+        spares_gpu=True,
+        ends_engine_after_seconds=62.0,
+    ),
+    Kind(
+        name="engine-stalled",
+        text="Requests run and no step advances",
+        parameters=(
+            Parameter("kind", "where it hangs", "hardware", kind="str", choices=("hardware", "collective", "software")),
+        ),
+        activity="spinning",
+    ),
+    Kind(
+        name="engine-crashed",
+        text="The engine dies of an error of its own software",
+        ends_engine_after_seconds=3.0,
+    ),
+    Kind(
+        name="application-fault",
+        text="A kernel of the workload faults (illegal memory access), and the engine dies of it",
+        parameters=(GPU,),
+        ends_engine_after_seconds=4.0,
+    ),
+    Kind(
+        name="out-of-memory-at-startup",
+        text="The engine starts, runs out of GPU memory while it measures its peak, and dies",
+        ends_engine_after_seconds=12.0,
+    ),
+    Kind(
+        name="driver-too-old",
+        text="The engine was upgraded to a CUDA that the driver is too old for: it does not start",
+        ends_engine_after_seconds=3.0,
+    ),
+    Kind(
+        name="driver-library-mismatch",
+        text="The driver's libraries were upgraded under the loaded module: NVML and CUDA fail until a reboot",
+        ends_engine_after_seconds=3.0,
+    ),
+    Kind(name="fp8-not-engaged", text="An FP8 model runs weight-only although the GPU has FP8 tensor cores"),
+    Kind(name="single-stream", text="One request at a time, on as many GPUs as the engine has"),
+    Kind(name="idle", text="Nobody sends a request", activity="idle"),
+    Kind(name="no-engine", text="No serving engine runs", ends_engine_after_seconds=0.0),
+    Kind(name="pcie-fallback", text="All NVLinks are down, and the engine falls back to PCIe at its start"),
+    Kind(name="fabric-manager-dead", text="The fabric manager has died; the GPUs still say that all is well"),
+    Kind(
+        name="fabric-manager-version",
+        text="The fabric manager is of another version than the driver and refuses to start, so CUDA does too",
+        ends_engine_after_seconds=3.0,
+    ),
+    Kind(
+        name="oom-kill",
+        text="The kernel's out-of-memory killer takes a worker, and the engine dies of it",
+        parameters=(msgspec.structs.replace(RANK, default=0),),
+        ends_engine_after_seconds=9.0,
+    ),
+    Kind(
+        name="xid",
+        text="The driver logs an Xid",
+        parameters=(Parameter("code", "its number", minimum=1, maximum=999), GPU),
+    ),
+    Kind(
+        name="sxid",
+        text="The driver logs an SXid of an NVSwitch",
+        parameters=(Parameter("code", "its number", minimum=1, maximum=99999),),
+    ),
+    Kind(name="kernel-log-denied", text="The kernel log may not be read"),
+    Kind(name="engine-log-missing", text="The engine writes its log to a terminal"),
+    Kind(name="metrics-down", text="The engine's metrics page does not answer"),
+)
+"""Faults that the engine, its logs and the host show, some of them with what NVML shows of the same."""
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (*NVML_KINDS, *HOST_KINDS)}
 """All faults by name."""
 
 
@@ -286,5 +364,14 @@ def _fits(fault: Fault, node: Profile, text: str) -> None:
         raise FaultError(f"{text}: the GPUs of {node.name} have NVLinks 0 to {node.product.nvlinks - 1}, not {link}")
     if fault.name.startswith("mig-") and not node.product.mig_slots:
         raise FaultError(f"{text}: {node.product.name} has no MIG")
-    if fault.name.startswith("fabric-") and not node.fabric:
+    rank = fault.params.get("rank")
+    if rank is not None and int(rank) >= node.workload.tensor_parallel_size:
+        raise FaultError(f"{text}: the engine has ranks 0 to {node.workload.tensor_parallel_size - 1}, not {rank}")
+    if (fault.name == "sxid" or fault.name.startswith("fabric-manager-")) and not node.fabric_manager:
+        raise FaultError(f"{text}: {node.name} has no NVSwitch")
+    if fault.name == "pcie-fallback" and node.wiring in {"none", "unbridged"}:
+        raise FaultError(f"{text}: the GPUs of {node.name} have no NVLink in use")
+    if fault.name == "single-stream" and node.workload.tensor_parallel_size < 2:
+        raise FaultError(f"{text}: the engine of {node.name} has one GPU only")
+    if fault.name in {"fabric-incomplete", "fabric-unhealthy"} and not node.fabric:
         raise FaultError(f"{text}: the GPUs of {node.name} don't register with an NVLink fabric")
