@@ -1,0 +1,934 @@
+"""The NVML child: the only process that talks to NVML, because a sick driver blocks its caller in the kernel.
+
+It is started by `doctor.collectors.nvml` and answers one frame with one frame. Between two visits it samples power.
+It ends when its input ends, or when asked to by SIGTERM after the call in which it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib
+import math
+import os
+import select
+import signal
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
+
+import msgspec
+import pynvml
+
+from doctor.collectors.nvml_frames import FRAME_MAX_BYTES, LENGTH, Answer, Ask, frame
+from doctor.snapshot import (
+    EVENT_REASONS,
+    NOT_ASKED,
+    Absent,
+    Activity,
+    Clocks,
+    Ecc,
+    Fabric,
+    Gpu,
+    GpuMemory,
+    GpuPair,
+    GpuProcess,
+    Maybe,
+    Mig,
+    MigDevice,
+    NvLink,
+    Pcie,
+    Power,
+    Sample,
+    Source,
+    Stack,
+    Thermal,
+    Unseen,
+    Why,
+    known,
+)
+
+nvml: Any = pynvml
+"""The binding, which has no types; a benchmark puts a recorder here."""
+
+SAMPLE_SECONDS = 0.1
+"""Instant power changes about ten times a second on A100 and H100; faster tells nothing new."""
+SAMPLES_KEPT = 600
+"""A minute: the parent asks more often, unless it is held up."""
+GPM_MIN_SECONDS = 0.1
+"""nvml.h: two GPM samples must lie more than 100 ms apart."""
+
+OK = 0
+NOT_SUPPORTED = Absent(Why.NOT_SUPPORTED)
+LOST = Absent(Why.LOST, "the GPU has fallen off the bus")
+LEFT_ALONE = Absent(Why.NOT_ASKED, "the kernel log says that this GPU fell off the bus: NVML is not asked about it")
+NO_SECOND_SAMPLE = Absent(Why.NOT_ASKED, "a rate needs two visits")
+NOT_TEXT = Absent(Why.FAILED, "NVML answered with bytes that are no text; the InfoROM may be corrupt")
+
+# Field ids of nvmlDeviceGetFieldValues (nvml.h). A field asked with a scope is that of a link.
+ECC_CORRECTED_VOLATILE, ECC_UNCORRECTED_VOLATILE, ECC_CORRECTED_AGGREGATE, ECC_UNCORRECTED_AGGREGATE = 3, 4, 5, 6
+SW_POWER_CAP_TIME, SYNC_BOOST_TIME, SW_THERMAL_TIME, HW_THERMAL_TIME, POWER_BRAKE_TIME = 74, 76, 269, 270, 271
+MEMORY_CELSIUS, ENERGY, LINK_COUNT, PCIE_REPLAYS = 82, 83, 91, 94
+LINK_REPLAYS, LINK_RECOVERIES, LINK_CRC, LINK_SPEED, LINK_STATE, LINK_VERSION = 161, 162, 163, 164, 165, 166
+POWER_AVERAGE, POWER_INSTANT = 185, 186
+MARGIN_SHUTDOWN, MARGIN_SLOWDOWN = 193, 194
+LINK_RECOVERY_EVENTS = 215
+RECOVERY_ACTION = 230
+
+FIELDS: tuple[int, ...] = (
+    ECC_CORRECTED_VOLATILE, ECC_UNCORRECTED_VOLATILE, ECC_CORRECTED_AGGREGATE, ECC_UNCORRECTED_AGGREGATE,
+    SW_POWER_CAP_TIME, SYNC_BOOST_TIME, SW_THERMAL_TIME, HW_THERMAL_TIME, POWER_BRAKE_TIME,
+    MEMORY_CELSIUS, ENERGY, PCIE_REPLAYS, POWER_AVERAGE, POWER_INSTANT, RECOVERY_ACTION,
+)  # fmt: skip
+"""What every visit reads of a GPU in one driver call."""
+FIXED_FIELDS: tuple[int, ...] = (LINK_COUNT, MARGIN_SHUTDOWN, MARGIN_SLOWDOWN)
+FIELD_VALUE = struct.Struct("@IIqqIIQ")
+"""nvmlFieldValue_t: field, scope, timestamp, latency, type, return, value."""
+
+GA100 = (8, 0)
+BLACKWELL = 10
+
+RECOVERY_ACTIONS = (
+    "none", "reset", "reboot", "drain-p2p", "drain-and-reset", "recover-imex", "bus-reset", "system-reboot",
+)  # fmt: skip
+COMPUTE_MODES = {0: "default", 1: "exclusive-thread", 2: "prohibited", 3: "exclusive-process"}
+LINK_VERSIONS = {1: "1.0", 2: "2.0", 3: "2.2", 4: "3.0", 5: "3.1", 6: "4.0", 7: "5.0", 8: "6.0"}
+REMOTES = {0: "gpu", 1: "cpu", 2: "switch"}
+ANCESTORS = {0: "X", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
+P2P_STATUS = {
+    0: "ok",
+    1: "chipset-not-supported",
+    2: "gpu-not-supported",
+    3: "topology-not-supported",
+    4: "disabled-by-regkey",
+    5: "not-supported",
+}
+P2P_READ, P2P_WRITE, P2P_NVLINK, P2P_ATOMICS = range(4)
+"""The binding's own NVML_P2P_CAPS_INDEX_READ is a tuple by mistake."""
+FABRIC_STATES = ("not-supported", "not-started", "in-progress", "completed")
+FABRIC_HEALTH = ("not-reported", "healthy", "unhealthy", "limited")
+FABRIC_FAULTS = (
+    (0, "degraded bandwidth"),
+    (2, "route recovery in progress"),
+    (4, "route unhealthy"),
+    (6, "access timeout recovery"),
+)
+"""Two bits each, by their shift in the health mask: 0 not reported, 1 true, 2 false."""
+FABRIC_CONFIGURATION = {
+    2: "wrong system GUID",
+    3: "wrong chassis serial number",
+    4: "no partition",
+    5: "insufficient NVLinks",
+    6: "incompatible GPU firmware",
+    7: "invalid location",
+    8: "invalid GPU state",
+}
+"""Four bits at shift 8: 0 not reported, 1 none."""
+
+GPM_SM, GPM_TENSOR, GPM_DRAM, GPM_PCIE_TX, GPM_PCIE_RX, GPM_NVLINK_RX, GPM_NVLINK_TX = 2, 5, 10, 20, 21, 60, 61
+GPM_METRICS: tuple[int, ...] = (GPM_SM, GPM_TENSOR, GPM_DRAM, GPM_PCIE_TX, GPM_PCIE_RX, GPM_NVLINK_RX, GPM_NVLINK_TX)
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class GpuIsLostError(Exception):
+    """NVML says that the GPU has fallen off the bus: there is no point in asking it anything else."""
+
+
+class CannotStartError(Exception):
+    """NVML can't be used at all."""
+
+    def __init__(self, why: Absent) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
+_why_absent: dict[int, Absent] = {
+    3: NOT_SUPPORTED,
+    4: Absent(Why.NO_PERMISSION, "only root may read it"),
+    9: Absent(Why.NOT_PRESENT, "no NVIDIA driver is loaded"),
+    12: Absent(Why.NOT_PRESENT, "libnvidia-ml.so.1 is not installed, or this container does not see it"),
+    13: Absent(Why.MISSING_SYMBOL, "this driver is older than the question"),
+    15: LOST,
+    18: Absent(
+        Why.FAILED,
+        "the driver's kernel module and its libraries are of different versions: the package was updated and the module "
+        "is still the old one; reload it, or reboot",
+    ),
+    25: Absent(Why.MISSING_SYMBOL, "this driver is older than the question"),
+}
+
+
+def absent(status: int) -> Absent:
+    """Return the absence that an NVML status means."""
+    if status not in _why_absent:
+        _why_absent[status] = Absent(Why.FAILED, f"NVML: {nvml.NVMLError(status)}")
+    return _why_absent[status]
+
+
+def ask(function: str, *arguments: Any) -> Any:
+    """Return what NVML answers, or the reason why there is no answer. Raises GpuIsLostError."""
+    try:
+        return getattr(nvml, function)(*arguments)
+    except pynvml.NVMLError as e:
+        status = cast("int", e.value)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType] # set in __new__
+        if status == pynvml.NVML_ERROR_GPU_IS_LOST:
+            raise GpuIsLostError from e
+        return absent(status)
+    except UnicodeDecodeError:
+        return NOT_TEXT
+    except AttributeError:
+        return Absent(Why.MISSING_SYMBOL, f"the installed nvidia-ml-py has no {function}")
+
+
+def first_known(*asked: tuple[Any, ...]) -> Any:
+    """Ask one thing by its newest function, and by older ones while the driver does not know it."""
+    answer: Any = NOT_SUPPORTED
+    for function, *arguments in asked:
+        answer = ask(function, *arguments)
+        if not (isinstance(answer, Absent) and answer.why is Why.MISSING_SYMBOL):
+            break
+    return answer
+
+
+def field_values(handle: Any, fields: list[Any]) -> Iterator[Maybe[float]]:
+    """Yield the values of fields, each with its own answer, read in one driver call."""
+    values = ask("nvmlDeviceGetFieldValues", handle, fields)
+    if isinstance(values, Absent):
+        yield from [values] * len(fields)
+        return
+    for _, _, _, _, kind, status, bits in FIELD_VALUE.iter_unpack(values):
+        if status != OK:
+            # A field that the driver does not know is answered with Invalid Argument.
+            yield absent(13 if status == pynvml.NVML_ERROR_INVALID_ARGUMENT else status)
+        elif kind == pynvml.NVML_VALUE_TYPE_UNSIGNED_INT:
+            yield bits & 0xFFFFFFFF
+        elif kind == pynvml.NVML_VALUE_TYPE_SIGNED_INT:
+            yield ((bits & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+        elif kind == pynvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG:
+            yield (bits ^ (1 << 63)) - (1 << 63)
+        elif kind == pynvml.NVML_VALUE_TYPE_DOUBLE:
+            yield struct.unpack("=d", struct.pack("=Q", bits))[0]
+        else:
+            yield bits
+
+
+def scaled(value: Maybe[float], factor: float) -> Maybe[float]:
+    """Return a value in another unit."""
+    return value if isinstance(value, Absent) else value * factor
+
+
+def counted(value: Maybe[float]) -> Maybe[int]:
+    """Return a value that counts something."""
+    return value if isinstance(value, Absent) else int(value)
+
+
+def flag(value: Maybe[float]) -> Maybe[bool]:
+    """Return a value that is yes or no."""
+    return value if isinstance(value, Absent) else bool(value)
+
+
+def worded(value: Maybe[float], words: dict[int, str], other: str = "unknown") -> Maybe[str]:
+    """Return the word for one of NVML's numbers."""
+    return value if isinstance(value, Absent) else words.get(int(value), other)
+
+
+def hollow(struct_type: type[T], why: Absent) -> T:
+    """Return a struct of which every value is missing for the same reason."""
+    return struct_type(
+        **{field.name: why for field in msgspec.structs.fields(struct_type) if field.default is NOT_ASKED}
+    )
+
+
+def pci_address(info: Any) -> str:
+    """Return an address as the snapshot writes it: NVML's domain has eight digits."""
+    domain, _, rest = str(info.busId).lower().partition(":")
+    return f"{int(domain, 16):04x}:{rest}"
+
+
+def pci_id(word: int) -> str:
+    """Return `vendor:device` of NVML's combined number."""
+    return f"{word & 0xFFFF:04x}:{word >> 16:04x}"
+
+
+class Device:
+    """One GPU: its handle, what never changes of it, and what is kept between visits."""
+
+    def __init__(self, handle: Any, index: int) -> None:
+        self.handle = handle
+        self.index = index
+        self.samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
+        self._fixed: dict[tuple[Any, ...], Any] = {}
+        self._fixed_fields: dict[int, Maybe[float]] = {}
+        self._remotes: dict[int, tuple[Maybe[str], Maybe[str]]] = {}
+        self._gpm_samples: tuple[Any, Any] | None = None
+        self._gpm_at = -math.inf
+        self.uuid: str = self._required("nvmlDeviceGetUUID")
+        pci = ask("nvmlDeviceGetPciInfo", handle)
+        self.pci: Maybe[str] = pci if isinstance(pci, Absent) else pci_address(pci)
+        self._pci_device_id: Maybe[str] = pci if isinstance(pci, Absent) else pci_id(pci.pciDeviceId)
+        self._pci_subsystem_id: Maybe[str] = pci if isinstance(pci, Absent) else pci_id(pci.pciSubSystemId)
+
+    def _required(self, function: str) -> str:
+        answer = ask(function, self.handle)
+        return f"index:{self.index}" if isinstance(answer, Absent) else answer
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        return ask(function, self.handle, *arguments)
+
+    def _once(self, function: str, *arguments: Any) -> Any:
+        """Ask what never changes; a failure is asked again."""
+        key = (function, *arguments)
+        answer = self._fixed.get(key)
+        if answer is None or (isinstance(answer, Absent) and answer.why is Why.FAILED):
+            answer = self._fixed[key] = self._ask(function, *arguments)
+        return answer
+
+    def _field_once(self, field: int) -> Maybe[float]:
+        if not self._fixed_fields:
+            self._fixed_fields = dict(zip(FIXED_FIELDS, field_values(self.handle, list(FIXED_FIELDS)), strict=True))
+        return self._fixed_fields[field]
+
+    @property
+    def _instant_by_usage(self) -> bool:
+        """GA100 and older: the classic power reading is instant, and there is no average."""
+        capability = self._once("nvmlDeviceGetCudaComputeCapability")
+        return not isinstance(capability, Absent) and capability <= GA100
+
+    def visit(self) -> Gpu:
+        """Read everything. Raises GpuIsLostError."""
+        fields = dict(zip(FIELDS, field_values(self.handle, list(FIELDS)), strict=True))
+        mig = self._mig()
+        return Gpu(
+            uuid=self.uuid,
+            index=self.index,
+            pci_address=self.pci,
+            pci_device_id=self._pci_device_id,
+            pci_subsystem_id=self._pci_subsystem_id,
+            name=self._once("nvmlDeviceGetName"),
+            serial=self._once("nvmlDeviceGetSerial"),
+            vbios_version=self._once("nvmlDeviceGetVbiosVersion"),
+            inforom_version=self._once("nvmlDeviceGetInforomImageVersion"),
+            compute_capability=self._once("nvmlDeviceGetCudaComputeCapability"),
+            numa_node=self._numa_node(),
+            persistence_mode=flag(self._ask("nvmlDeviceGetPersistenceMode")),
+            compute_mode=worded(self._ask("nvmlDeviceGetComputeMode"), COMPUTE_MODES),
+            lost=False,
+            recovery_action=worded(fields[RECOVERY_ACTION], dict(enumerate(RECOVERY_ACTIONS))),
+            memory=self._memory(),
+            mig=mig,
+            thermal=self._thermal(fields),
+            clocks=self._clocks(fields),
+            power=self._power(fields),
+            activity=self._activity(),
+            pcie=self._pcie(fields),
+            ecc=self._ecc(fields),
+            links=self._links(mig),
+            fabric=self._fabric(),
+            processes=self._processes(self.handle),
+        )
+
+    def gone(self, why: Absent, lost: Maybe[bool]) -> Gpu:
+        """Return who it is, when nothing else can be said of it."""
+        return msgspec.structs.replace(
+            nobody(self.uuid, self.index, why, lost),
+            pci_address=self.pci,
+            pci_device_id=self._pci_device_id,
+            pci_subsystem_id=self._pci_subsystem_id,
+            name=self._fixed.get(("nvmlDeviceGetName",), why),
+            compute_capability=self._fixed.get(("nvmlDeviceGetCudaComputeCapability",), why),
+        )
+
+    def sample(self) -> None:
+        """Take a sample of instant power, where there is such a thing."""
+        value = next(field_values(self.handle, [POWER_INSTANT]))
+        if isinstance(value, Absent) and self._instant_by_usage:
+            value = cast("Maybe[float]", self._ask("nvmlDeviceGetPowerUsage"))
+        if known(value):
+            self.samples.append(Sample(round(time.time(), 3), value / 1000))
+
+    def _numa_node(self) -> Maybe[int]:
+        affinity = self._once("nvmlDeviceGetMemoryAffinity", 4, 0)
+        if isinstance(affinity, Absent):
+            return affinity
+        nodes = [64 * word + bit for word in range(4) for bit in range(64) if affinity[word] >> bit & 1]
+        return nodes[0] if len(nodes) == 1 else NOT_SUPPORTED
+
+    def _memory(self) -> GpuMemory:
+        memory = ask("nvmlDeviceGetMemoryInfo", self.handle, pynvml.nvmlMemory_v2)
+        reserved: Maybe[int] = NOT_SUPPORTED
+        if isinstance(memory, Absent):  # Before driver 510 the reserved part counts as used.
+            memory = ask("nvmlDeviceGetMemoryInfo", self.handle)
+        else:
+            reserved = memory.reserved
+        bar1 = self._ask("nvmlDeviceGetBAR1MemoryInfo")
+        no_memory, no_bar1 = isinstance(memory, Absent), isinstance(bar1, Absent)
+        return GpuMemory(
+            total_bytes=memory if no_memory else memory.total,
+            used_bytes=memory if no_memory else memory.used,
+            free_bytes=memory if no_memory else memory.free,
+            reserved_bytes=reserved,
+            bar1_total_bytes=bar1 if no_bar1 else bar1.bar1Total,
+            bar1_used_bytes=bar1 if no_bar1 else bar1.bar1Used,
+        )
+
+    def _mig(self) -> Mig:
+        mode = self._ask("nvmlDeviceGetMigMode")
+        if isinstance(mode, Absent):
+            return hollow(Mig, mode)
+        slots = self._once("nvmlDeviceGetMaxMigDeviceCount")
+        enabled, pending = map(bool, mode)
+        return Mig(
+            enabled=enabled,
+            enabled_after_reset=pending,
+            devices=self._mig_devices(slots) if enabled and known(slots) else () if not enabled else slots,
+            device_slots=slots,
+        )
+
+    def _mig_devices(self, slots: int) -> tuple[MigDevice, ...]:
+        devices: list[MigDevice] = []
+        for slot in range(slots):
+            handle = self._ask("nvmlDeviceGetMigDeviceHandleByIndex", slot)
+            if isinstance(handle, Absent):
+                continue  # A hole: Not Found.
+            memory = ask("nvmlDeviceGetMemoryInfo", handle, pynvml.nvmlMemory_v2)
+            attributes = ask("nvmlDeviceGetAttributes", handle)
+            uuid = ask("nvmlDeviceGetUUID", handle)
+            devices.append(
+                MigDevice(
+                    uuid=f"{self.uuid}/{slot}" if isinstance(uuid, Absent) else uuid,
+                    gpu_instance=ask("nvmlDeviceGetGpuInstanceId", handle),
+                    compute_instance=ask("nvmlDeviceGetComputeInstanceId", handle),
+                    profile=attributes if isinstance(attributes, Absent) else mig_profile(attributes),
+                    memory_total_bytes=memory if isinstance(memory, Absent) else memory.total,
+                    memory_used_bytes=memory if isinstance(memory, Absent) else memory.used,
+                    multiprocessors=attributes if isinstance(attributes, Absent) else attributes.multiprocessorCount,
+                    processes=self._processes(handle),
+                )
+            )
+        return tuple(devices)
+
+    def _thermal(self, fields: dict[int, Maybe[float]]) -> Thermal:
+        return Thermal(
+            gpu_celsius=first_known(
+                ("nvmlDeviceGetTemperatureV", self.handle, pynvml.NVML_TEMPERATURE_GPU),
+                ("nvmlDeviceGetTemperature", self.handle, pynvml.NVML_TEMPERATURE_GPU),
+            ),
+            memory_celsius=fields[MEMORY_CELSIUS],
+            margin_celsius=self._ask("nvmlDeviceGetMarginTemperature"),
+            slowdown_margin_celsius=self._field_once(MARGIN_SLOWDOWN),
+            shutdown_margin_celsius=self._field_once(MARGIN_SHUTDOWN),
+            slowdown_celsius=self._once(
+                "nvmlDeviceGetTemperatureThreshold", pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
+            ),
+            shutdown_celsius=self._once(
+                "nvmlDeviceGetTemperatureThreshold", pynvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN
+            ),
+            gpu_max_celsius=self._once("nvmlDeviceGetTemperatureThreshold", pynvml.NVML_TEMPERATURE_THRESHOLD_GPU_MAX),
+            memory_max_celsius=self._once(
+                "nvmlDeviceGetTemperatureThreshold", pynvml.NVML_TEMPERATURE_THRESHOLD_MEM_MAX
+            ),
+            fan_percent=self._ask("nvmlDeviceGetFanSpeed"),
+        )
+
+    def _clocks(self, fields: dict[int, Maybe[float]]) -> Clocks:
+        reasons = first_known(
+            ("nvmlDeviceGetCurrentClocksEventReasons", self.handle),
+            ("nvmlDeviceGetCurrentClocksThrottleReasons", self.handle),
+        )
+        if known(reasons):
+            reasons = tuple(sorted(word for bit, word in EVENT_REASONS.items() if reasons & bit))
+        return Clocks(
+            sm_mhz=self._ask("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+            sm_max_mhz=self._once("nvmlDeviceGetMaxClockInfo", pynvml.NVML_CLOCK_SM),
+            memory_mhz=self._ask("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM),
+            memory_max_mhz=self._once("nvmlDeviceGetMaxClockInfo", pynvml.NVML_CLOCK_MEM),
+            performance_state=self._ask("nvmlDeviceGetPerformanceState"),
+            event_reasons=reasons,
+            sw_power_cap_seconds=scaled(fields[SW_POWER_CAP_TIME], 1e-9),
+            sync_boost_seconds=scaled(fields[SYNC_BOOST_TIME], 1e-9),
+            sw_thermal_seconds=scaled(fields[SW_THERMAL_TIME], 1e-9),
+            hw_thermal_seconds=scaled(fields[HW_THERMAL_TIME], 1e-9),
+            power_brake_seconds=scaled(fields[POWER_BRAKE_TIME], 1e-9),
+        )
+
+    def _power(self, fields: dict[int, Maybe[float]]) -> Power:
+        average, instant = fields[POWER_AVERAGE], fields[POWER_INSTANT]
+        if isinstance(average, Absent) or isinstance(instant, Absent):
+            usage = cast("Maybe[float]", self._ask("nvmlDeviceGetPowerUsage"))
+            if self._instant_by_usage:
+                instant = usage if isinstance(instant, Absent) else instant
+            else:
+                average = usage if isinstance(average, Absent) else average
+        limits = self._once("nvmlDeviceGetPowerManagementLimitConstraints")
+        low, high = (limits, limits) if isinstance(limits, Absent) else limits
+        samples = tuple(self.samples)
+        self.samples.clear()
+        return Power(
+            average_watts=scaled(average, 1e-3),
+            instant_watts=scaled(instant, 1e-3),
+            limit_watts=scaled(self._ask("nvmlDeviceGetPowerManagementLimit"), 1e-3),
+            limit_enforced_watts=scaled(self._ask("nvmlDeviceGetEnforcedPowerLimit"), 1e-3),
+            limit_default_watts=scaled(self._once("nvmlDeviceGetPowerManagementDefaultLimit"), 1e-3),
+            limit_min_watts=scaled(low, 1e-3),
+            limit_max_watts=scaled(high, 1e-3),
+            energy_joules=scaled(fields[ENERGY], 1e-3),
+            samples=samples,
+        )
+
+    def _activity(self) -> Activity:
+        rates = self._ask("nvmlDeviceGetUtilizationRates")
+        unknown = isinstance(rates, Absent)
+        metrics = self._gpm()
+        return Activity(
+            gpu_ratio=rates if unknown else rates.gpu / 100,
+            memory_ratio=rates if unknown else rates.memory / 100,
+            sm_ratio=scaled(metrics[GPM_SM], 0.01),
+            tensor_ratio=scaled(metrics[GPM_TENSOR], 0.01),
+            dram_ratio=scaled(metrics[GPM_DRAM], 0.01),
+            nvlink_rx_bytes_per_second=scaled(metrics[GPM_NVLINK_RX], 1 << 20),
+            nvlink_tx_bytes_per_second=scaled(metrics[GPM_NVLINK_TX], 1 << 20),
+            pcie_rx_bytes_per_second=scaled(metrics[GPM_PCIE_RX], 1 << 20),
+            pcie_tx_bytes_per_second=scaled(metrics[GPM_PCIE_TX], 1 << 20),
+        )
+
+    def _gpm(self) -> dict[int, Maybe[float]]:
+        """Return the rates since the last visit's sample."""
+        support = self._once("nvmlGpmQueryDeviceSupport")
+        if isinstance(support, Absent) or not support.isSupportedDevice:
+            return dict.fromkeys(GPM_METRICS, support if isinstance(support, Absent) else NOT_SUPPORTED)
+        if self._gpm_samples is None:
+            samples = ask("nvmlGpmSampleAlloc"), ask("nvmlGpmSampleAlloc")
+            if failed := next((sample for sample in samples if isinstance(sample, Absent)), None):
+                return dict.fromkeys(GPM_METRICS, failed)
+            self._gpm_samples = samples
+        now = time.monotonic()
+        if now - self._gpm_at <= GPM_MIN_SECONDS:
+            return dict.fromkeys(GPM_METRICS, NO_SECOND_SAMPLE)
+        before, fresh = self._gpm_samples
+        taken = self._ask("nvmlGpmSampleGet", fresh)
+        if isinstance(taken, Absent):
+            return dict.fromkeys(GPM_METRICS, taken)
+        self._gpm_samples = (fresh, before)
+        first, self._gpm_at = self._gpm_at == -math.inf, now
+        if first:
+            return dict.fromkeys(GPM_METRICS, NO_SECOND_SAMPLE)
+        request = gpm_request()
+        request.sample1, request.sample2 = before, fresh
+        answer = ask("nvmlGpmMetricsGet", request)
+        if isinstance(answer, Absent):
+            return dict.fromkeys(GPM_METRICS, answer)
+        found = (request.metrics[i] for i in range(len(GPM_METRICS)))
+        return {m.metricId: m.value if m.nvmlReturn == OK else absent(m.nvmlReturn) for m in found}
+
+    def _pcie(self, fields: dict[int, Maybe[float]]) -> Pcie:
+        return Pcie(
+            generation=self._ask("nvmlDeviceGetCurrPcieLinkGeneration"),
+            generation_max=self._once("nvmlDeviceGetMaxPcieLinkGeneration"),
+            width=self._ask("nvmlDeviceGetCurrPcieLinkWidth"),
+            width_max=self._once("nvmlDeviceGetMaxPcieLinkWidth"),
+            replays_total=counted(fields[PCIE_REPLAYS]),
+        )
+
+    def _ecc(self, fields: dict[int, Maybe[float]]) -> Ecc:
+        mode = self._once("nvmlDeviceGetEccMode")
+        rows = self._ask("nvmlDeviceGetRemappedRows")
+        corrected, uncorrected, pending, failed = [rows] * 4 if isinstance(rows, Absent) else rows
+        return Ecc(
+            enabled=mode if isinstance(mode, Absent) else bool(mode[0]),
+            corrected_volatile=counted(fields[ECC_CORRECTED_VOLATILE]),
+            uncorrected_volatile=counted(fields[ECC_UNCORRECTED_VOLATILE]),
+            corrected_aggregate=counted(fields[ECC_CORRECTED_AGGREGATE]),
+            uncorrected_aggregate=counted(fields[ECC_UNCORRECTED_AGGREGATE]),
+            sram_threshold_exceeded=self._sram_threshold(),
+            rows_remapped_corrected=corrected,
+            rows_remapped_uncorrected=uncorrected,
+            remap_pending=flag(pending),
+            remap_failed=flag(failed),
+        )
+
+    def _sram_threshold(self) -> Maybe[bool]:
+        status = pynvml.c_nvmlEccSramErrorStatus_v1_t()
+        answer = self._ask("nvmlDeviceGetSramEccErrorStatus", ctypes.byref(status))
+        return answer if isinstance(answer, Absent) else bool(status.bThresholdExceeded)
+
+    def _links(self, mig: Mig) -> Maybe[tuple[NvLink, ...]]:
+        count = self._field_once(LINK_COUNT)
+        if isinstance(count, Absent):
+            return count
+        if mig.enabled is True:
+            return Absent(Why.NOT_SUPPORTED, "NVML tells nothing of NVLinks while MIG is on")
+        links = range(int(count))
+        architecture = self._once("nvmlDeviceGetArchitecture")
+        blackwell = known(architecture) and architecture >= BLACKWELL
+        # What counts errors differs: the DL counters end with Hopper, and the older field ids answer 0 there.
+        wanted = (
+            (LINK_STATE, LINK_RECOVERY_EVENTS) if blackwell else (LINK_STATE, LINK_REPLAYS, LINK_RECOVERIES, LINK_CRC)
+        )
+        asked = [(field, link) for link in links for field in (*wanted, LINK_SPEED)]
+        values = iter(field_values(self.handle, asked) if asked else ())
+        found: list[NvLink] = []
+        for link in links:
+            state, *errors, speed = (next(values) for _ in range(len(wanted) + 1))
+            if blackwell:
+                errors = [NOT_SUPPORTED, *errors, NOT_SUPPORTED]
+            elif isinstance(state, Absent):  # Before driver 520 there are no such fields.
+                state = self._ask("nvmlDeviceGetNvLinkState", link)
+                errors = [self._ask("nvmlDeviceGetNvLinkErrorCounter", link, counter) for counter in range(3)]
+            active = flag(state)
+            remote, remote_pci = self._remote(link, active)
+            found.append(
+                NvLink(
+                    link=link,
+                    active=active,
+                    version=worded(self._once("nvmlDeviceGetNvLinkVersion", link), LINK_VERSIONS),
+                    speed_bytes_per_second=scaled(speed, 1e6),
+                    remote=remote,
+                    remote_pci_address=remote_pci,
+                    replay_errors_total=counted(errors[0]),
+                    recovery_errors_total=counted(errors[1]),
+                    crc_errors_total=counted(errors[2]),
+                )
+            )
+        return tuple(found)
+
+    def _remote(self, link: int, active: Maybe[bool]) -> tuple[Maybe[str], Maybe[str]]:
+        """Return kind and address of the other end, which a link that is down does not tell."""
+        if active is not True:
+            self._remotes.pop(link, None)
+            why = active if isinstance(active, Absent) else Absent(Why.NOT_SUPPORTED, "the link is down")
+            return why, why
+        if link not in self._remotes:
+            kind = self._ask("nvmlDeviceGetNvLinkRemoteDeviceType", link)
+            pci = self._ask("nvmlDeviceGetNvLinkRemotePciInfo", link)
+            self._remotes[link] = (worded(kind, REMOTES), pci if isinstance(pci, Absent) else pci_address(pci))
+        return self._remotes[link]
+
+    def _fabric(self) -> Fabric:
+        info: Any = pynvml.c_nvmlGpuFabricInfo_v3_t()
+        answer = self._ask("nvmlDeviceGetGpuFabricInfoV", ctypes.byref(info))
+        if isinstance(answer, Absent) and answer.why is Why.MISSING_SYMBOL:
+            info = pynvml.c_nvmlGpuFabricInfo_v2_t()
+            answer = self._ask("nvmlDeviceGetGpuFabricInfoV", ctypes.byref(info))
+        if isinstance(answer, Absent) and answer.why is Why.MISSING_SYMBOL:
+            info = pynvml.c_nvmlGpuFabricInfo_t()
+            answer = self._ask("nvmlDeviceGetGpuFabricInfo", ctypes.byref(info))
+        if isinstance(answer, Absent):
+            return hollow(Fabric, answer)
+        state = worded(info.state, dict(enumerate(FABRIC_STATES)))
+        mask: int | None = getattr(info, "healthMask", None)
+        status: Maybe[str] = NOT_SUPPORTED
+        if state == "completed":
+            status = "Success" if info.status == OK else str(nvml.NVMLError(info.status))
+        if mask is None:
+            return Fabric(state=state, status=status, health=Absent(Why.MISSING_SYMBOL, "this driver does not tell"))
+        unhealthy = fabric_faults(mask)
+        summary: int = getattr(info, "healthSummary", 0)
+        if not summary:
+            summary = 2 if unhealthy else 1 if mask else 0
+        return Fabric(
+            state=state, status=status, health=worded(summary, dict(enumerate(FABRIC_HEALTH))), unhealthy=unhealthy
+        )
+
+    def _processes(self, handle: Any) -> Maybe[tuple[GpuProcess, ...]]:
+        processes = first_known(
+            ("nvmlDeviceGetComputeRunningProcesses_v3", handle), ("nvmlDeviceGetComputeRunningProcesses_v2", handle)
+        )
+        if isinstance(processes, Absent):
+            return processes
+        return tuple(
+            GpuProcess(
+                pid=process.pid,
+                used_bytes=NOT_SUPPORTED if process.usedGpuMemory is None else process.usedGpuMemory,
+                name=ask("nvmlSystemGetProcessName", process.pid),
+            )
+            for process in processes
+        )
+
+
+def nobody(uuid: str, index: int, why: Absent, lost: Maybe[bool]) -> Gpu:
+    """Return a GPU of which nothing is known, and why."""
+    return msgspec.structs.replace(
+        hollow_gpu(why),
+        uuid=uuid,
+        index=index,
+        lost=lost,
+        memory=hollow(GpuMemory, why),
+        mig=hollow(Mig, why),
+        thermal=hollow(Thermal, why),
+        clocks=hollow(Clocks, why),
+        power=hollow(Power, why),
+        activity=hollow(Activity, why),
+        pcie=hollow(Pcie, why),
+        ecc=hollow(Ecc, why),
+        fabric=hollow(Fabric, why),
+    )
+
+
+def hollow_gpu(why: Absent) -> Gpu:
+    """Return a GPU without identity whose own values are missing."""
+    values = {field.name: why for field in msgspec.structs.fields(Gpu) if field.default is NOT_ASKED}
+    return Gpu(uuid="", index=0, **values)  # pyright: ignore[reportArgumentType] # every Maybe takes an Absent
+
+
+def mig_profile(attributes: Any) -> str:
+    """Return a MIG profile's name as the driver gives it: `3g.40gb`, or `1c.3g.40gb` for a part of an instance."""
+    slices, part = attributes.gpuInstanceSliceCount, attributes.computeInstanceSliceCount
+    whole = f"{slices}g.{math.ceil(attributes.memorySizeMB / 1024)}gb"
+    return whole if part == slices else f"{part}c.{whole}"
+
+
+def fabric_faults(mask: int) -> tuple[str, ...]:
+    """Return what a fabric health mask complains about. In each field 0 is `not reported`, 2 is `false`."""
+    found = [word for shift, word in FABRIC_FAULTS if mask >> shift & 0x3 == 1]
+    configuration = mask >> 8 & 0xF
+    if configuration > 1:
+        found.append(FABRIC_CONFIGURATION.get(configuration, f"incorrect configuration {configuration}"))
+    return tuple(found)
+
+
+def gpm_request() -> Any:
+    """Return a request for the GPM metrics."""
+    request: Any = pynvml.c_nvmlGpmMetricsGet_t()
+    request.version = pynvml.NVML_GPM_METRICS_GET_VERSION
+    request.numMetrics = len(GPM_METRICS)
+    for index, metric in enumerate(GPM_METRICS):
+        request.metrics[index].metricId = metric
+    return request
+
+
+class Nvml:
+    """An open NVML: all GPUs of the node."""
+
+    def __init__(self, root: Path | None) -> None:
+        """Open it. Raises CannotStartError."""
+        self._root = root
+        # Without a driver the real nvmlInit makes device nodes, when root calls it.
+        if (
+            root is not None
+            and not (root / "sys/module/nvidia").exists()
+            and not (root / "proc/driver/nvidia").exists()
+        ):
+            raise CannotStartError(Absent(Why.NOT_PRESENT, "no NVIDIA driver is loaded"))
+        answer = ask("nvmlInit")
+        if isinstance(answer, Absent):
+            raise CannotStartError(answer)
+        self._devices: dict[int, Device] = {}
+        self._ancestors: dict[tuple[str, str], Maybe[str]] = {}
+        self._left_alone: frozenset[str] = frozenset()
+        cuda = ask("nvmlSystemGetCudaDriverVersion_v2")
+        self._stack = Stack(
+            driver=ask("nvmlSystemGetDriverVersion"),
+            nvml=ask("nvmlSystemGetNVMLVersion"),
+            cuda_driver=cuda if isinstance(cuda, Absent) else f"{cuda // 1000}.{cuda % 1000 // 10}",
+        )
+
+    def visit(self, question: Ask) -> Answer:
+        """Look at every GPU once. Raises CannotStartError."""
+        self._left_alone = frozenset(question.left_alone)
+        count = ask("nvmlDeviceGetCount")
+        if isinstance(count, Absent):
+            raise CannotStartError(count)
+        addresses = self._addresses(count)
+        gpus = tuple(self._gpu(index, addresses.get(index, ("", ""))) for index in range(count))
+        return Answer(
+            number=question.number,
+            gpus=gpus,
+            pairs=self._pairs(gpus),
+            stack=self._stack,
+            unseen=tuple(unseen_parts(gpus)),
+        )
+
+    def sample(self) -> None:
+        """Sample the power of every GPU."""
+        for device in self._devices.values():
+            if device.pci not in self._left_alone:
+                with contextlib.suppress(GpuIsLostError):
+                    device.sample()
+
+    def _addresses(self, count: int) -> dict[int, tuple[str, str]]:
+        """Return PCI address and UUID by index as the driver's own list has them; NVML goes by PCI address too.
+
+        The list comes from a cache, so that it still tells who a lost GPU is.
+        """
+        if self._root is None or len(self._devices) == count:
+            return {}
+        try:
+            entries = sorted((self._root / "proc/driver/nvidia/gpus").iterdir())
+        except OSError:
+            return {}
+        if len(entries) != count:
+            return {}
+        return {index: (entry.name.lower(), uuid_of(entry / "information")) for index, entry in enumerate(entries)}
+
+    def _gpu(self, index: int, cached: tuple[str, str]) -> Gpu:
+        device = self._devices.get(index)
+        if device is None:
+            if cached[0] in self._left_alone:
+                return self._unreachable(index, cached, LEFT_ALONE, LEFT_ALONE)
+            try:
+                handle = ask("nvmlDeviceGetHandleByIndex", index)
+                if isinstance(handle, Absent):
+                    return self._unreachable(index, cached, handle, handle)
+                device = self._devices[index] = Device(handle, index)
+            except GpuIsLostError:
+                return self._unreachable(index, cached, LOST, lost=True)
+        if device.pci in self._left_alone:
+            return device.gone(LEFT_ALONE, LEFT_ALONE)
+        try:
+            return device.visit()
+        except GpuIsLostError:
+            return device.gone(LOST, lost=True)
+
+    def _unreachable(self, index: int, cached: tuple[str, str], why: Absent, lost: Maybe[bool]) -> Gpu:
+        address, uuid = cached
+        return msgspec.structs.replace(nobody(uuid or f"index:{index}", index, why, lost), pci_address=address or why)
+
+    def _pairs(self, gpus: tuple[Gpu, ...]) -> tuple[GpuPair, ...]:
+        return tuple(self._pair(first, second) for i, first in enumerate(gpus) for second in gpus[i + 1 :])
+
+    def _pair(self, first: Gpu, second: Gpu) -> GpuPair:
+        why = first.lost if isinstance(first.lost, Absent) else second.lost if isinstance(second.lost, Absent) else LOST
+        if first.lost is not False or second.lost is not False:
+            return GpuPair(
+                first=first.uuid,
+                second=second.uuid,
+                nvlinks=why,
+                ancestor=self._ancestors.get((first.uuid, second.uuid), why),
+                p2p_read=why,
+                p2p_write=why,
+                p2p_nvlink=why,
+                p2p_atomics=why,
+            )
+        handles = self._devices[first.index].handle, self._devices[second.index].handle
+        key = (first.uuid, second.uuid)
+        try:
+            if key not in self._ancestors:
+                self._ancestors[key] = worded(ask("nvmlDeviceGetTopologyCommonAncestor", *handles), ANCESTORS)
+            read, write, nvlink, atomics = (
+                worded(ask("nvmlDeviceGetP2PStatus", *handles, way), P2P_STATUS)
+                for way in (P2P_READ, P2P_WRITE, P2P_NVLINK, P2P_ATOMICS)
+            )
+        except GpuIsLostError:
+            read = write = nvlink = atomics = LOST
+        return GpuPair(
+            first=first.uuid,
+            second=second.uuid,
+            nvlinks=nvlinks_between(first, second),
+            ancestor=self._ancestors.get(key, LOST),
+            p2p_read=read,
+            p2p_write=write,
+            p2p_nvlink=nvlink,
+            p2p_atomics=atomics,
+        )
+
+
+def nvlinks_between(first: Gpu, second: Gpu) -> Maybe[int]:
+    """Return how many NVLinks join two GPUs: those that end at the other, or those that both have to switches.
+
+    A virtual machine hides its switches: active links to an unknown end are counted as links to a switch.
+    """
+    sides: list[tuple[int, int]] = []
+    for gpu, other in ((first, second), (second, first)):
+        if isinstance(gpu.links, Absent):
+            if gpu.links.why is Why.NOT_SUPPORTED and gpu.mig.enabled is not True:
+                return 0  # A board without NVLink.
+            return gpu.links
+        active = [link for link in gpu.links if link.active is True]
+        direct = sum(link.remote_pci_address == other.pci_address and link.remote == "gpu" for link in active)
+        switched = sum(link.remote in {"switch", "unknown"} for link in active)
+        sides.append((direct, switched))
+    return min(direct for direct, _ in sides) or min(switched for _, switched in sides)
+
+
+def unseen_parts(gpus: tuple[Gpu, ...]) -> Iterator[Unseen]:
+    """Yield the parts that rights or an error keep from us; a single value that a board does not have is none."""
+    for gpu in gpus:
+        if gpu.lost is not True and isinstance(gpu.lost, Absent):
+            yield Unseen(Source.NVML, gpu.lost, f"GPU {gpu.index}")
+    thresholds = [gpu.ecc.sram_threshold_exceeded for gpu in gpus]
+    denied = next((t for t in thresholds if isinstance(t, Absent) and t.why is Why.NO_PERMISSION), None)
+    if denied:
+        yield Unseen(Source.NVML, denied, "SRAM error threshold")
+
+
+def uuid_of(information: Path) -> str:
+    """Return the UUID in a GPU's `information` file of `/proc/driver/nvidia/gpus`; empty where there is none."""
+    try:
+        lines = information.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    uuid = next((line.partition(":")[2].strip() for line in lines if line.startswith("GPU UUID:")), "")
+    return uuid if uuid.startswith("GPU-") and "?" not in uuid else ""
+
+
+def serve(questions: BinaryIO, answers: BinaryIO, root: Path | None) -> None:
+    """Answer questions until there are no more; sample power in between."""
+    opened: Nvml | None = None
+    next_sample = time.monotonic()
+    while True:
+        patience = None if opened is None else max(0.0, next_sample - time.monotonic())
+        if not select.select([questions], [], [], patience)[0]:
+            assert opened is not None
+            opened.sample()
+            next_sample = max(next_sample + SAMPLE_SECONDS, time.monotonic())
+            continue
+        question = read(questions)
+        if question is None:
+            return
+        try:
+            if opened is None:
+                opened = Nvml(root)
+                next_sample = time.monotonic()
+            answer = opened.visit(question)
+        except CannotStartError as e:
+            answer = Answer(number=question.number, failure=e.why)
+        answers.write(frame(answer))
+        answers.flush()
+        if answer.failure is not None:
+            return
+
+
+def read(questions: BinaryIO) -> Ask | None:
+    """Return the next question, or None when the parent has hung up."""
+    head = questions.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(head)
+    body = questions.read(min(length, FRAME_MAX_BYTES))
+    return msgspec.msgpack.decode(body, type=Ask) if len(body) == length else None
+
+
+def stop(_signal: int, _frame: object) -> NoReturn:
+    """End in good order: Python calls this between two calls of NVML, never within one."""
+    raise SystemExit(0)
+
+
+def main() -> None:
+    """Run the child."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair; it hangs up when it goes.
+    signal.signal(signal.SIGTERM, stop)
+    options = argparse.ArgumentParser(prog="nvml_child")
+    options.add_argument("--root", type=Path)
+    options.add_argument("--library", help="module whose library(spec) stands in for libnvidia-ml.so.1")
+    options.add_argument("--spec", default="")
+    given = options.parse_args()
+    # What a library may print must not get between the frames.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    if given.library:
+        pynvml.nvmlLib = importlib.import_module(given.library).library(given.spec)
+    with os.fdopen(os.dup(0), "rb", buffering=0) as questions, contextlib.suppress(BrokenPipeError):
+        serve(questions, answers, given.root)
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlShutdown()
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)
