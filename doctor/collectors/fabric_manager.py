@@ -40,7 +40,6 @@ class FabricManagerState:
         self.root = root
         self._log = FollowedFile(root / LOG, head_bytes=0, tail_bytes=LOG_BYTES, most_bytes=4 * LOG_BYTES)
         self._lines = 0
-        self._name = self._log.path.name
         self._version: str | None = None
         """Of the process that last wrote to the log."""
 
@@ -72,12 +71,11 @@ class FabricManagerState:
         rest = b""
         for piece in self._log.pieces():
             if not piece.joins:
-                rest, self._lines = b"", 0
-                self._name = self._log.path.name if piece.offset == 0 else f"end of {self._log.path.name}"
+                rest, self._lines = b"", piece.line - 1
             data, newline, rest = (rest + piece.data).rpartition(b"\n")
             text = (data + newline).decode("utf-8", "replace")
             messages += fabric_manager_log.read(
-                text, self._name, first_line=self._lines + 1, utc_offset_seconds=_utc_offset_seconds()
+                text, self._log.path.name, first_line=self._lines + 1, utc_offset_seconds=_utc_offset_seconds()
             )
             self._version = fabric_manager_log.version(text) or self._version
             self._lines += text.count("\n")

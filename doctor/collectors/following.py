@@ -13,6 +13,10 @@ FINGERPRINT_BYTES = 64
 """What stood before the offset is read again, so that a file truncated and grown past it between visits is noticed."""
 
 
+COUNTED_BYTES = 256 << 20
+"""Lines before the first piece are counted in a file up to this size: a tenth of a second."""
+
+
 class Piece(msgspec.Struct, frozen=True):
     """A run of bytes."""
 
@@ -21,6 +25,8 @@ class Piece(msgspec.Struct, frozen=True):
     """Where it stands in the file."""
     joins: bool
     """Whether it follows the piece before without a gap. Otherwise a reader starts afresh."""
+    line: int = 0
+    """The number of its first line; 0: not known, the file is too large to count."""
 
 
 class FollowedFile:
@@ -72,6 +78,11 @@ class FollowedFile:
             yield from self._head(file, state.st_size)
         yield from self._new(file, left, joins=False)
 
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """Device and inode of the file that is held, or was held last."""
+        return self._identity
+
     def close(self) -> None:
         """Let go of the file; the next reading begins anew."""
         self._let_go()
@@ -103,7 +114,7 @@ class FollowedFile:
                 self._fingerprint = _before(file, self._offset)
                 joins = False
                 continue
-            piece = Piece(data, self._offset, joins)
+            piece = Piece(data, self._offset, joins, 0 if joins else _line_at(file, self._offset))
             self._offset += len(data)
             self._fingerprint = _before(file, self._offset)
             most -= len(data)
@@ -117,7 +128,7 @@ class FollowedFile:
         if at is None:
             at = 0
         data = os.pread(file, min(self.head_bytes, tail - at), at)
-        yield Piece(data[: data.rfind(b"\n") + 1], at, joins=False)
+        yield Piece(data[: data.rfind(b"\n") + 1], at, joins=False, line=_line_at(file, at))
         skipped = os.pread(file, CHUNK_BYTES, tail)
         self._offset = tail + skipped.find(b"\n") + 1
         self._fingerprint = _before(file, self._offset)
@@ -133,6 +144,13 @@ class FollowedFile:
                 return begin + data.rfind(b"\n", 0, found) + 1
             end = begin
         return None
+
+
+def _line_at(file: int, offset: int) -> int:
+    """Return the number of the line that begins at *offset*, or 0 where counting would take long."""
+    if offset > COUNTED_BYTES:
+        return 0
+    return 1 + sum(os.pread(file, CHUNK_BYTES, at)[: offset - at].count(b"\n") for at in range(0, offset, CHUNK_BYTES))
 
 
 def _before(file: int, offset: int) -> bytes:

@@ -1,0 +1,328 @@
+"""Each engine's log: found by itself or named by the site, followed across rotation, truncation and restart."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import stat
+import zoneinfo
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from doctor.collectors import files
+from doctor.collectors.collector import CannotSeeError, Reading, Visit
+from doctor.collectors.following import FollowedFile
+from doctor.collectors.processes import environment_of
+from doctor.collectors.programs import answer_of
+from doctor.collectors.redaction import text_without_secrets
+from doctor.readers.vllm_log import LogReader, LogReading
+from doctor.snapshot import Absent, Engine, EngineEvent, LogState, Source, Unseen, Why, known
+
+MOST_LOGS = 16
+"""Followed at once. The log of an engine that is gone is followed on: it tells of what the engine died."""
+
+IDENTITY_MARKER = b"non-default args:"
+"""Stands near the beginning of what vLLM says of itself at each start (0.9 and newer)."""
+
+REMEDY = 'name it in the configuration: [engine] logs = ["/path/of/the.log"]'
+
+CONTAINER_LOGS = (
+    "var/lib/docker/containers/{id}/{id}-json.log",
+    "var/lib/containers/storage/overlay-containers/{id}/userdata/ctr.log",
+)
+"""Docker's json-file driver; Podman's k8s-file driver."""
+
+_POD = re.compile(r"pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12})")
+
+_CURSOR = re.compile(rb"^-- cursor: (\S+)\s*$", re.MULTILINE)
+
+
+class _Log(Protocol):
+    """A log that is followed."""
+
+    name: str
+    """As `Engine.log` says it."""
+
+    def read(self, at: float) -> LogReading:
+        """Return what is new. Raises OSError or CannotSeeError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _FileLog:
+    """A log in a file."""
+
+    def __init__(self, name: str, shown: str, path: Path, utc_offset_seconds: float) -> None:
+        self.name = name
+        self.file = FollowedFile(path, marker=IDENTITY_MARKER)
+        self._shown = Path(shown).name
+        self._utc_offset_seconds = utc_offset_seconds
+        self._reader = self._begun(1)
+
+    def _begun(self, line: int) -> LogReader:
+        shown = self._shown if line else f"end of {self._shown}"
+        return LogReader(self.name, name=shown, first_line=max(line, 1), utc_offset_seconds=self._utc_offset_seconds)
+
+    def read(self, at: float) -> LogReading:
+        before: list[LogReading] = []
+        for piece in self.file.pieces():
+            if not piece.joins:
+                before.append(self._reader.finish())
+                self._reader = self._begun(piece.line)
+            self._reader.feed(piece.data, at)
+        return _one([*before, self._reader.take()])
+
+    def is_of(self, path: Path) -> bool:
+        """Whether this is the log of *path*: by its name, or because both names mean one file."""
+        if path == self.file.path:
+            return True
+        state = _state_of(path)
+        if state is None:
+            return False
+        identity = (state.st_dev, state.st_ino)
+        if self.file.identity is not None:
+            return self.file.identity == identity
+        own = _state_of(self.file.path)
+        return own is not None and (own.st_dev, own.st_ino) == identity
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _state_of(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+class _JournalLog:
+    """A systemd unit's lines in the journal."""
+
+    def __init__(self, unit: str, directory: Path | None) -> None:
+        self.name = f"journal:{unit}"
+        self._reader = LogReader(self.name)  # journalctl is asked for UTC
+        self._arguments = ["journalctl", "--quiet", "--no-pager", "--utc", "--output=short", "--show-cursor"]
+        self._arguments += [f"--unit={unit}"] + ([f"--directory={directory}"] if directory else [])
+        self._cursor: str | None = None
+
+    def read(self, at: float) -> LogReading:
+        since = [f"--after-cursor={self._cursor}"] if self._cursor else ["--boot=0", "--lines=100000"]
+        answer = answer_of([*self._arguments, *since], 4.0)
+        cursor = _CURSOR.search(answer)
+        if cursor:
+            self._cursor = cursor[1].decode("ascii", "replace")
+            answer = answer[: cursor.start()]
+        elif self._cursor is None:
+            raise CannotSeeError(
+                Absent(Why.NO_PERMISSION, f"{self.name} shows no line: run as root or add the user to systemd-journal")
+            )
+        self._reader.feed(answer, at)
+        return self._reader.take()
+
+    def close(self) -> None: ...
+
+
+def _one(readings: list[LogReading]) -> LogReading:
+    """Return several readings of one log as one."""
+    last = readings[-1].state
+    stamps = [reading.state.last_at for reading in readings if reading.state.last_at is not None]
+    state = LogState(
+        log=last.log,
+        lines=sum(reading.state.lines for reading in readings),
+        bytes=sum(reading.state.bytes for reading in readings),
+        dropped=sum(reading.state.dropped for reading in readings),
+        last_at=stamps[-1] if stamps else None,
+        long_lines=sum(reading.state.long_lines for reading in readings),
+    )
+    return LogReading(tuple(event for reading in readings for event in reading.events), state)
+
+
+class EngineLogs:
+    """The logs of the engines that run or ran here.
+
+    *logs*: paths, or `journal:UNIT`, that the site names; they are read whether an engine runs or not.
+    """
+
+    source = Source.ENGINE_LOG
+    deadline_seconds = 6.0
+    after_engines = True
+
+    def __init__(self, root: Path = Path("/"), *, logs: tuple[str, ...] = ()) -> None:
+        self.root = root
+        self.logs = logs
+        self._followed: list[_Log] = []
+
+    def collect(self, visit: Visit) -> Reading:
+        """Read what is new in every log. Raises CannotSeeError when there is none to read."""
+        unseen: list[Unseen] = []
+        wanted = list(self._named(visit.at))
+        fields: dict[str, dict[str, object]] = {}
+        for engine in visit.engines:
+            found = self._found(engine, wanted, visit.at)
+            if isinstance(found, Absent):
+                unseen.append(Unseen(self.source, found, f"log of engine {engine.pid}"))
+                fields[engine.id] = {"log": found}
+            else:
+                wanted += [log for log in found if log not in wanted]
+                fields[engine.id] = {"log": found[0].name}
+        self._followed = [*wanted, *(log for log in self._followed if log not in wanted)]
+        for log in self._followed[MOST_LOGS:]:
+            log.close()
+        del self._followed[MOST_LOGS:]
+        readings = [self._read(log, visit.at, unseen) for log in self._followed]
+        seen = [reading for reading in readings if reading is not None]
+        if not seen:
+            raise CannotSeeError(
+                unseen[0].why if unseen else Absent(Why.NOT_PRESENT, f"no serving engine runs here; {REMEDY}")
+            )
+        events = tuple(_without_secrets(event) for reading in seen for event in reading.events)
+        return Reading(
+            fields={"engine_events": events, "logs": tuple(reading.state for reading in seen)},
+            engine_fields=fields,
+            unseen=tuple(unseen),
+        )
+
+    def _read(self, log: _Log, at: float, unseen: list[Unseen]) -> LogReading | None:
+        try:
+            return log.read(at)
+        except OSError as e:
+            unseen.append(Unseen(self.source, files.why_not(e, log.name), f"log {log.name}"))
+        except CannotSeeError as e:
+            unseen.append(Unseen(self.source, e.why, f"log {log.name}"))
+        return None
+
+    def _named(self, at: float) -> Iterator[_Log]:
+        """Yield the logs that the site names."""
+        for name in self.logs:
+            held = next((log for log in self._followed if log.name == name), None)
+            if held is not None:
+                yield held
+            elif name.startswith("journal:"):
+                yield self._journal(name.removeprefix("journal:"))
+            else:
+                yield _FileLog(name, name, files.within(self.root, name), utc_offset_seconds(self.root, None, at))
+
+    def _journal(self, unit: str) -> _JournalLog:
+        directory = None if self.root == Path("/") else self.root / "var/log/journal"
+        return _JournalLog(unit, directory)
+
+    def _found(self, engine: Engine, wanted: list[_Log], at: float) -> list[_Log] | Absent:
+        """Return the engine's logs: its output files, else its container's, else its unit's, else the site's."""
+        outputs = _outputs(self.root, engine.pid)
+        sources = [] if isinstance(outputs, Absent) else [source for source in outputs if source.path is not None]
+        sources = sources or list(_of_container(self.root, engine))
+        if sources:
+            offset = utc_offset_seconds(self.root, engine.pid, at)
+            return [self._followed_file(sources[0].name, source, offset, wanted) for source in sources]
+        if known(engine.unit) and not known(engine.container):
+            name = f"journal:{engine.unit}"
+            held = next((log for log in (*wanted, *self._followed) if log.name == name), None)
+            return [held or self._journal(engine.unit)]
+        if wanted:  # the site names logs because the search does not find them
+            return [wanted[0]]
+        if isinstance(outputs, Absent):
+            return outputs
+        where = ", ".join(sorted({source.name for source in outputs})) or "nowhere"
+        return Absent(Why.NOT_PRESENT, f"its output goes to {where}; {REMEDY}")
+
+    def _followed_file(self, name: str, source: _Output, offset: float, wanted: list[_Log]) -> _Log:
+        """Return the log of a file, the one that is held already where the file is the same.
+
+        *name*: of the engine's first log; its standard error in another file counts to the same log.
+        """
+        assert source.path is not None
+        for log in (*wanted, *self._followed):
+            if isinstance(log, _FileLog) and log.is_of(source.path):
+                return log
+        return _FileLog(name, source.name, source.path, offset)
+
+    def close(self) -> None:
+        """Let go of every log."""
+        for log in self._followed:
+            log.close()
+        self._followed = []
+
+
+class _Output(msgspec.Struct, frozen=True):
+    """Where an engine's output goes."""
+
+    name: str
+    path: Path | None = None
+    """None: to something that is no file."""
+
+
+def _outputs(root: Path, pid: int) -> list[_Output] | Absent:
+    """Return where standard output and error of a process go, or why that can't be told."""
+    found: dict[str, _Output] = {}
+    real = os.path.ismount(root / "proc")
+    for number in (1, 2):
+        descriptor = root / f"proc/{pid}/fd/{number}"
+        try:
+            target = str(descriptor.readlink())
+            # The kernel's link leads to the open file itself, wherever it was renamed to, and out of any container.
+            path = descriptor if real else files.within(root / f"proc/{pid}/root", target)
+            regular = target.startswith("/") and stat.S_ISREG(path.stat().st_mode)
+        except PermissionError:
+            return Absent(Why.NO_PERMISSION, f"where the engine's output goes: run as root, or {REMEDY}")
+        except OSError:
+            continue
+        kind = target.partition(":")[0] if not target.startswith("/") else target
+        found.setdefault(
+            target, _Output(target.removesuffix(" (deleted)") if regular else kind, path if regular else None)
+        )
+    return list(found.values())
+
+
+def _of_container(root: Path, engine: Engine) -> Iterator[_Output]:
+    """Yield the log file that the container's runtime writes, the newest first."""
+    if not known(engine.container):
+        return
+    for form in CONTAINER_LOGS:
+        path = root / form.format(id=engine.container)
+        if path.exists():
+            yield _Output(f"docker:{engine.container[:12]}", path)
+            return
+    pod = _POD.search(engine.cgroup) if known(engine.cgroup) else None
+    patterns = [f"var/log/containers/*-{engine.container}.log"]
+    if pod:
+        patterns.append(f"var/log/pods/*_{pod[1].replace('_', '-')}/*/*.log")
+    for pattern in patterns:
+        logs = sorted(root.glob(pattern), key=lambda path: path.lstat().st_mtime, reverse=True)
+        if logs:
+            shown = f"/{logs[0].relative_to(root)}"
+            yield _Output(shown, files.within(root, shown))
+            return
+
+
+def utc_offset_seconds(root: Path, pid: int | None, at: float) -> float:
+    """Return how far east of UTC the clock stands that stamps the log: the engine's own zone, else the root's."""
+    inside = root if pid is None else root / f"proc/{pid}/root"
+    zone: datetime.tzinfo | None = None
+    try:
+        name = environment_of(root, pid).get("TZ", "").lstrip(":") if pid is not None else ""
+        if name:
+            zone = zoneinfo.ZoneInfo(name)
+        else:
+            with files.within(inside, "/etc/localtime").open("rb") as file:
+                zone = zoneinfo.ZoneInfo.from_file(file)
+    except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
+        zone = datetime.timezone.utc  # what containers without a zone have
+    offset = datetime.datetime.fromtimestamp(at, zone).utcoffset()
+    return offset.total_seconds() if offset else 0.0
+
+
+def _without_secrets(event: EngineEvent) -> EngineEvent:
+    return msgspec.structs.replace(
+        event,
+        text=text_without_secrets(event.text),
+        facts={
+            name: text_without_secrets(value) if isinstance(value, str) else value
+            for name, value in event.facts.items()
+        },
+    )
