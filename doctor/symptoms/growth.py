@@ -1,0 +1,43 @@
+"""How counters and durations grew over a window: only growth tells, a standing number is history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+
+import msgspec
+
+from doctor.history import History
+from doctor.snapshot import Gpu, Maybe, known
+
+
+class Growth(msgspec.Struct, frozen=True):
+    """What a counter gained between the first and the last visit of a window that saw it."""
+
+    amount: float
+    seconds: float
+
+    @property
+    def per_second(self) -> float:
+        """The rate."""
+        return self.amount / self.seconds if self.seconds else 0.0
+
+
+def growth(readings: Iterable[tuple[float, Maybe[float]]]) -> Growth | None:
+    """Return a counter's growth over (time, value) readings, oldest first; None where fewer than two were seen.
+
+    A value below its predecessor means that the counter began anew (driver or engine restarted): it counts from zero.
+    """
+    seen = [(at, float(value)) for at, value in readings if known(value)]
+    if len(seen) < 2:
+        return None
+    amount = sum(now - before if now >= before else now for (_, before), (_, now) in pairwise(seen))
+    return Growth(amount, seen[-1][0] - seen[0][0])
+
+
+def gpu_growth(
+    history: History, uuid: str, read: Callable[[Gpu], Maybe[float]], window_seconds: float
+) -> Growth | None:
+    """Return the growth of one GPU's counter over the last *window_seconds*."""
+    oldest = history.now - window_seconds
+    return growth((at, read(gpu)) for at, gpu in history.of_gpu(uuid) if at >= oldest)

@@ -1,0 +1,172 @@
+"""A GPU fell off the bus, or the node shows fewer GPUs than it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from doctor.history import History
+from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, facts_of_gpu, rule
+from doctor.snapshot import Gpu, NvidiaMessage, Source, known
+from doctor.symptoms.engine_groups import engine_of_gpu, engine_of_log, unrecovered
+from doctor.symptoms.xids import answered_since, of_this_boot, xid_events
+from rules.tables.xids import codes_of
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What counts as lost."""
+
+    expected_gpus: int = 0
+    """How many GPUs the node should have; 0: as many as its PCI tree and its driver show."""
+
+
+class Loss(msgspec.Struct, frozen=True):
+    """One piece of proof that the GPU at an address is gone."""
+
+    pci_address: str
+    evidence: Evidence
+    at: float | None
+    confidence: Confidence
+
+
+@rule(
+    "gpu-lost",
+    "A GPU has fallen off the bus or is missing",
+    severity=Severity.CRITICAL,
+    needs=(Source.NVML, Source.KERNEL_LOG),
+    explains=(
+        "nccl-timeout",
+        "application-fault",
+        "engine-stalled",
+        "engine-crashed",
+        "worker-killed",
+        "driver-unresponsive",
+        "gpu-hung",
+        "nvlink-degraded",
+        "nvlink-errors",
+        "nvswitch-fabric-fault",
+        "pcie-fallback",
+        "recovery-pending",
+        "tp-exceeds-visible-gpus",
+        "launch-refused",
+    ),
+    limits=Limits(),
+)
+def RULE(history: History, limits: Limits) -> Iterator[Finding]:
+    """Join the kernel's word, NVML's, and the GPUs that the PCI tree and the driver show but NVML does not."""
+    losses = (*_kernel(history), *_nvml(history), *_missing(history))
+    gone = dict.fromkeys(loss.pci_address for loss in losses)
+    for pci_address in gone:
+        yield _finding(history, tuple(loss for loss in losses if loss.pci_address == pci_address))
+    if gone:
+        return
+    yield from _too_few(history, limits.expected_gpus)
+    yield from _engine_says_so(history)
+
+
+def _kernel(history: History) -> Iterator[Loss]:
+    for event in xid_events(history):
+        if event.code in codes_of("gpu-lost") and not answered_since(history, event.pci_address, event.last_at):
+            proof = Evidence(Source.KERNEL_LOG.value, event.first.where, event.first.text)
+            yield Loss(event.pci_address, proof, event.at, Confidence.HIGH)
+    for message in of_this_boot(history):
+        if not isinstance(message, NvidiaMessage) or message.kind != "gpu-lost" or message.pci_address is None:
+            continue
+        if not answered_since(history, message.pci_address, message.at):
+            proof = Evidence(Source.KERNEL_LOG.value, message.where, message.text)
+            yield Loss(message.pci_address, proof, message.at, Confidence.HIGH)
+
+
+def _nvml(history: History) -> Iterator[Loss]:
+    for gpu in history.latest.gpus:
+        if gpu.lost is True:
+            since = next((at for at, past in history.of_gpu(gpu.uuid) if past.lost is True), None)
+            proof = Evidence(Source.NVML.value, f"GPU {gpu.index}", "NVML answers GPU_IS_LOST")
+            yield Loss(gpu.pci_address if known(gpu.pci_address) else gpu.uuid, proof, since, Confidence.HIGH)
+
+
+def _missing(history: History) -> Iterator[Loss]:
+    """GPUs that the driver holds, or that NVML listed before, and that NVML does not list now."""
+    latest = history.latest
+    if Source.NVML not in latest.seen:
+        return
+    listed = {gpu.pci_address for gpu in latest.gpus}
+    held = latest.host.driver_gpus if known(latest.host.driver_gpus) else ()
+    drivers = {d.address: d.driver for d in latest.host.pci_devices} if known(latest.host.pci_devices) else {}
+    for gpu in held:
+        given_away = drivers.get(gpu.pci_address, "nvidia") != "nvidia"
+        if gpu.pci_address not in listed and gpu.excluded is not True and not given_away:
+            where = f"/proc/driver/nvidia/gpus/{gpu.pci_address}"
+            text = f"the driver holds this GPU, NVML lists {len(latest.gpus)} others and not it"
+            yield Loss(gpu.pci_address, Evidence(Source.HOST.value, where, text), None, Confidence.HIGH)
+    for address, at in _listed_before(history).items():
+        if address not in listed and drivers.get(address, "nvidia") == "nvidia":
+            text = f"NVML listed this GPU {latest.at - at:.0f} s ago and does not any more"
+            yield Loss(address, Evidence(Source.NVML.value, address, text), at, Confidence.MEDIUM)
+
+
+def _listed_before(history: History) -> dict[str, float]:
+    """Return when each GPU was last listed, by its address."""
+    return {gpu.pci_address: s.at for s in history.snapshots[:-1] for gpu in s.gpus if known(gpu.pci_address)}
+
+
+def _finding(history: History, losses: tuple[Loss, ...]) -> Finding:
+    pci_address = losses[0].pci_address
+    gpu = _gpu_at(history, pci_address)
+    who = f"GPU {gpu.index} ({pci_address})" if gpu else f"the GPU at {pci_address}"
+    uuid = gpu.uuid if gpu else ""
+    engine = engine_of_gpu(history, uuid) if uuid else ""
+    rank = next((r.title for s in history.snapshots for e in s.engines for r in e.ranks if uuid and r.gpu == uuid), "")
+    return Finding(
+        summary=f"{who} is gone: {losses[0].evidence.text}" + (f"; {rank} ran on it" if rank else ""),
+        evidence=tuple(loss.evidence for loss in losses),
+        confidence=max(loss.confidence for loss in losses),
+        subject=Subject(gpus=(uuid,) if uuid else (), engine=engine),
+        since=min((loss.at for loss in losses if loss.at is not None), default=None),
+        facts=dict(facts_of_gpu(gpu.index, pci_address, uuid)) if gpu else {"pci-address": pci_address},
+    )
+
+
+def _gpu_at(history: History, pci_address: str) -> Gpu | None:
+    for snapshot in reversed(history.snapshots):
+        for gpu in snapshot.gpus:
+            if pci_address in (gpu.pci_address, gpu.uuid):
+                return gpu
+    return None
+
+
+def _too_few(history: History, expected: int) -> Iterator[Finding]:
+    seen = len(history.latest.gpus)
+    if Source.NVML in history.latest.seen and seen < expected:
+        text = f"NVML lists {seen} GPUs, the configuration expects {expected}"
+        yield Finding(
+            summary=f"{text}: {expected - seen} are missing",
+            evidence=(Evidence(Source.NVML.value, "nvmlDeviceGetCount", text),),
+            confidence=Confidence.MEDIUM,
+        )
+
+
+def _engine_says_so(history: History) -> Iterator[Finding]:
+    """NVML's "GPU is lost" in an engine's log; or its "unknown error" after CUDA's, which is how engines meet an Xid 79.
+
+    One "unknown error" alone proves nothing: containers get it after `systemctl daemon-reload`
+    (nvidia-container-toolkit#1227).
+    """
+    lines = unrecovered(history, "nvml-error", "cuda-error")
+    lost = [e for e in lines if e.signal == "nvml-error" and e.facts.get("kind") == "gpu-lost"]
+    unknown = {e.signal: e for e in reversed(lines) if e.facts.get("kind") == "unknown"}
+    proof = lost[:1] or (list(unknown.values()) if len(unknown) == 2 else [])
+    if not proof:
+        return
+    first = min(proof, key=lambda e: e.at if e.at is not None else float("inf"))
+    kernel = (
+        "has no Xid 79" if Source.KERNEL_LOG in history.latest.seen else "was not there to read: look for an Xid 79"
+    )
+    yield Finding(
+        summary=f"the engine met a GPU that no longer answers ({first.text}); the kernel log {kernel}",
+        evidence=tuple(Evidence(Source.ENGINE_LOG.value, e.where, e.text) for e in proof),
+        confidence=Confidence.MEDIUM if lost else Confidence.LOW,
+        subject=Subject(engine=engine_of_log(history, first.log)),
+        since=first.at,
+    )
