@@ -16,8 +16,8 @@ TEXT_MAX = 600
 KINDS = (
     ("version-mismatch", re.compile(r"driver interface version \S+ (?:don't|doesn't|does not) match")),
     ("nothing-to-do", re.compile(r"NV_WARN_NOTHING_TO_DO")),
-    ("fatal", re.compile(r"detected NVSwitch fatal error|\bfatal error\b.*NVSwitch", re.IGNORECASE)),
     ("non-fatal", re.compile(r"detected NVSwitch non-?fatal error", re.IGNORECASE)),
+    ("fatal", re.compile(r"detected NVSwitch fatal error|\bfatal error\b.*NVSwitch", re.IGNORECASE)),
     # guess: the words of the user guide's error list; no public log of a failed training was at hand
     ("link-failure", re.compile(r"NVLink.*(?:fail|not trained|contain)|(?:training|trunk).*fail", re.IGNORECASE)),
     ("started", re.compile(r"Successfully configured all the available|is running with the following configuration")),
