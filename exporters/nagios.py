@@ -24,7 +24,7 @@ SUMMARY_WIDTH = 300
 def render(report: Report) -> str:
     """Return the status line with a newline at its end."""
     text = headline(report)
-    if report.roots:
+    if report.roots and report.verdict is not Verdict.INCOMPLETE:
         first = report.roots[0].finding
         text = f"{first.failure_mode}: {cut(plain(first.summary), SUMMARY_WIDTH)} ({text})"
     severities = Counter(severity_of(reported.finding) for reported in report.findings)

@@ -142,24 +142,24 @@ def engine_name(engine_id: str, snapshot: Snapshot) -> str:
 
 
 def headline(report: Report, width: int | None = None) -> str:
-    """Return the verdict in one line, without its word; only a title is cut to fit *width*."""
+    """Return the verdict in one line, without its word; what is cut to fit *width* is a title or a list."""
     roots = report.roots
-    if roots:
-        notices = sum(severity_of(root.finding) is Severity.NOTICE for root in roots[1:])
-        counts = {
-            "consequence": len(report.findings) - len(roots),
-            "further incident": len(roots) - 1 - notices,
-            "further notice": notices,
-        }
-        tail = "".join(f"; {counted(number, noun)}" for noun, number in counts.items() if number)
-        title = plain(roots[0].finding.title)
-        return (title if width is None else cut(title, width - len(tail))) + tail
     if report.verdict is Verdict.INCOMPLETE:
-        text = f"nothing fired, but {listed(_blind_spots(report))} could not be seen"
-    else:
+        fired = f"only {counted(len(report.findings), 'notice')}" if roots else "nothing"
+        text = f"{fired} fired, but {listed(_blind_spots(report))} could not be seen"
+        return text if width is None else cut(text, width)
+    if not roots:
         blind = f", {len(report.unjudged)} could not be judged" if report.unjudged else ""
-        text = f"{counted(len(report.quiet), 'failure mode')} asked about, none present{blind}"
-    return text if width is None else cut(text, width)
+        return f"{counted(len(report.quiet), 'failure mode')} asked about, none present{blind}"
+    notices = sum(severity_of(root.finding) is Severity.NOTICE for root in roots[1:])
+    counts = {
+        "consequence": len(report.findings) - len(roots),
+        "further incident": len(roots) - 1 - notices,
+        "further notice": notices,
+    }
+    tail = "".join(f"; {counted(number, noun)}" for noun, number in counts.items() if number)
+    title = plain(roots[0].finding.title)
+    return (title if width is None else cut(title, width - len(tail))) + tail
 
 
 def _blind_spots(report: Report) -> list[str]:

@@ -275,6 +275,13 @@ def no_driver() -> Report:
     )
 
 
+def half_blind() -> Report:
+    """A hint, and a driver that does not answer."""
+    hung = Absent(Why.TIMED_OUT, "nvml has not answered for 5.0 s")
+    visit = snapshot(FOUR, seen=tuple(s for s in Source if s is not Source.NVML), unseen=(Unseen(Source.NVML, hung),))
+    return report(visit, HINT, unjudged=(Unjudged("nvlink-degraded", hung),))
+
+
 def pasted_log() -> Report:
     """Triage of one engine log: everything else was not given."""
     not_given = Absent(Why.NOT_GIVEN)
@@ -308,6 +315,7 @@ ALL = {
     "clear": clear,
     "notice": notice,
     "no_driver": no_driver,
+    "half_blind": half_blind,
     "pasted_log": pasted_log,
     "hostile": hostile,
 }
