@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from doctor.report import Report, ReportedFinding, Verdict
+from doctor.report import Report, ReportedFinding, Verdict, essential_sources
 from doctor.rule import Evidence, Finding, Severity
 from doctor.snapshot import Snapshot, Unseen, Why, known, or_none
 from exporters.terminal import Terminal, wrapped
@@ -199,32 +199,46 @@ def _unjudged(report: Report, terminal: Terminal) -> Iterator[str]:
     for unjudged in report.unjudged:
         reasons.setdefault(plain(str(unjudged.why)), []).append(unjudged.failure_mode)
     for reason, failure_modes in reasons.items():
-        yield from wrapped(f"{', '.join(failure_modes)}: {reason}", terminal.width, first="  - ")
+        yield from wrapped(f"{reason}: {', '.join(failure_modes)}", terminal.width, first="  - ")
 
 
 def _unseen(report: Report, terminal: Terminal) -> Iterator[str]:
-    gaps: dict[tuple[str, str], list[Unseen]] = {}
+    gaps: dict[str, list[Unseen]] = {}
     not_given: list[str] = []
+    essential = essential_sources(report.snapshot)
     for unseen in report.unseen:
-        if unseen.why.why is Why.NOT_GIVEN and not unseen.what:
+        why = unseen.why.why
+        if why is Why.NOT_GIVEN and not unseen.what:
             not_given.append(FILES[unseen.source])
-        elif not unseen.what or unseen.why.why not in EXPECTED_GAPS:
-            gaps.setdefault((SOURCE_NAMES[unseen.source], plain(str(unseen.why))), []).append(unseen)
+        elif why is Why.NOT_PRESENT and not unseen.what and unseen.source not in essential:
+            gaps.setdefault("not on this node", []).append(unseen)
+        elif not unseen.what or why not in EXPECTED_GAPS:
+            gaps.setdefault(f"{SOURCE_NAMES[unseen.source]}: {plain(str(unseen.why))}", []).append(unseen)
     if gaps:
         yield ""
         yield f"{terminal.bold('Not seen')}, and how to change that"
-    for (source, reason), unseen in gaps.items():
-        parts = listed([plain(u.what) for u in unseen if u.what], most=3)
-        yield from wrapped(f"{source}{f', {parts}' if parts else ''}: {reason}", terminal.width, first="  - ")
-        help_with_it = remedy(unseen[0].source, unseen[0].why)
-        if help_with_it:
-            yield from wrapped(help_with_it, terminal.width, first="    → ")
+    for reason, missing in gaps.items():
+        absent = reason == "not on this node"
+        parts = listed(
+            [SOURCE_NAMES[u.source] if absent else plain(u.what) for u in missing if absent or u.what], most=3
+        )
+        yield from wrapped(f"{reason}{f' ({parts})' if parts else ''}", terminal.width, first="  - ")
+        for way in dict.fromkeys(filter(None, (remedy(u.source, u.why) for u in missing))):
+            yield from wrapped(way, terminal.width, first="    → ")
     if not_given:
         yield ""
         yield from wrapped(f"To judge more, give `triage` also {listed(dict.fromkeys(not_given))}.", terminal.width)
 
 
 def _quiet(report: Report, terminal: Terminal) -> Iterator[str]:
-    if report.quiet and report.findings:
+    if report.verdict is Verdict.INCOMPLETE:
+        seen = listed(SOURCE_NAMES[source] for source in report.snapshot.seen) or "nothing"
+        judged = f"Judged by that and not present: {', '.join(report.quiet)}."
+        yield ""
+        yield from wrapped(
+            f"Seen all the same: {seen}. {judged if report.quiet else 'That alone judges no failure mode.'}",
+            terminal.width,
+        )
+    elif report.quiet and report.findings:
         yield ""
         yield terminal.dim(f"Asked about and not present: {counted(len(report.quiet), 'other failure mode')}.")

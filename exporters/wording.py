@@ -146,7 +146,11 @@ def headline(report: Report, width: int | None = None) -> str:
     roots = report.roots
     if report.verdict is Verdict.INCOMPLETE:
         fired = f"only {counted(len(report.findings), 'notice')}" if roots else "nothing"
-        text = f"{fired} fired, but {listed(_blind_spots(report))} could not be seen"
+        spots = _blind_spots(report)
+        text = f"{fired} fired, but {listed(spots)} could not be seen"
+        if _has_no_driver(report):
+            others = listed(spot for spot in spots if spot != SOURCE_NAMES[Source.NVML])
+            text = "there is no NVIDIA driver here" + (f", and {others} could not be seen" if others else "")
         return text if width is None else cut(text, width)
     if not roots:
         blind = f", {len(report.unjudged)} could not be judged" if report.unjudged else ""
@@ -160,6 +164,11 @@ def headline(report: Report, width: int | None = None) -> str:
     tail = "".join(f"; {counted(number, noun)}" for noun, number in counts.items() if number)
     title = plain(roots[0].finding.title)
     return (title if width is None else cut(title, width - len(tail))) + tail
+
+
+def _has_no_driver(report: Report) -> bool:
+    why = report.snapshot.why_unseen(Source.NVML)
+    return why is not None and why.why is Why.NOT_PRESENT
 
 
 def _blind_spots(report: Report) -> list[str]:
@@ -194,17 +203,21 @@ FILES = {
 }
 """What to save on the node, so that `triage` can judge what a source would have told."""
 
+_ENGINE_HERE = (
+    "If an engine runs here all the same, name its log and its page in the configuration: "
+    "`[engine] logs`, `[engine] metrics`."
+)
 _REMEDIES = {
     (Source.NVML, Why.NOT_PRESENT): "No NVIDIA driver answers here. On a GPU node, load it: `nvidia-smi` must work. "
-    "Without one, see a diagnosis of a simulated node: `gpu-doctor check --simulate hgx-h100-8 --fault gpu-lost:gpu=2`",
+    "Without a GPU, see the demo, a simulated node: `gpu-doctor check --simulate hgx-h100-8 --fault gpu-lost:gpu=2`",
     (Source.NVML, Why.NO_PERMISSION): "Let this user open `/dev/nvidiactl` and `/dev/nvidia*`, or run as root.",
     (Source.NVML, Why.TIMED_OUT): "The driver does not answer; what else is wrong stands above. Look at `dmesg` first.",
     (Source.KERNEL_LOG, Why.NO_PERMISSION): "Run as root, or add this user to the group `systemd-journal` (or `adm`).",
     (Source.KERNEL_LOG, Why.NOT_PRESENT): "In a container, mount `/dev/kmsg` or `/var/log/journal` of the host.",
     (Source.PROCESSES, Why.NO_PERMISSION): "Run as root or as the engine's user.",
     (Source.ENGINE_LOG, Why.NO_PERMISSION): "Run as root or as the engine's user, or name the log: `[engine] logs`.",
-    (Source.ENGINE_LOG, Why.NOT_PRESENT): "If an engine runs here, name its log in the configuration: `[engine] logs`.",
-    (Source.ENGINE_METRICS, Why.NOT_PRESENT): "If an engine runs here, name its page: `[engine] metrics`.",
+    (Source.ENGINE_LOG, Why.NOT_PRESENT): _ENGINE_HERE,
+    (Source.ENGINE_METRICS, Why.NOT_PRESENT): _ENGINE_HERE,
     (Source.ENGINE_METRICS, Why.FAILED): "If the engine listens elsewhere, name its page: `[engine] metrics`.",
 }
 

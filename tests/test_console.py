@@ -109,7 +109,8 @@ def test_a_node_without_driver_is_told_so_and_shown_the_demo() -> None:
     assert reports.no_driver().verdict is Verdict.INCOMPLETE
     assert "No NVIDIA driver answers here." in screen
     assert "`gpu-doctor check --simulate" in screen
-    assert "could not be seen" in screen
+    assert screen.startswith("INCOMPLETE  there is no NVIDIA driver here, and the kernel log could not be seen\n")
+    assert "Judged by that and not present:\nengine-crashed." in screen
 
 
 def test_what_nobody_can_change_is_not_listed_as_unseen() -> None:
