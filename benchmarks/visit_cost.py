@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,10 +74,8 @@ def main() -> int:
 
     def bare() -> None:
         for function, arguments in recorder.calls:
-            try:
+            with suppress(pynvml.NVMLError):
                 function(*arguments)
-            except pynvml.NVMLError:
-                pass
 
     collector = NvmlCollector(root=None, library="doctor.simulation.nvml", spec=spec)
     first = milliseconds(lambda: collector.collect(Visit(at=time.time())))

@@ -20,15 +20,36 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar, cast
+from typing import Any, BinaryIO, NoReturn, cast
 
 import msgspec
 import pynvml
 
 from doctor.collectors.nvml_frames import FRAME_MAX_BYTES, LENGTH, Answer, Ask, frame
+from doctor.collectors.nvml_words import (
+    ANCESTORS,
+    COMPUTE_MODES,
+    FABRIC_HEALTH,
+    FABRIC_STATES,
+    LINK_VERSIONS,
+    P2P_STATUS,
+    RECOVERY_ACTIONS,
+    REMOTES,
+    counted,
+    fabric_faults,
+    flag,
+    hollow,
+    link_ends,
+    mig_profile,
+    nobody,
+    nvlinks_between,
+    pci_address,
+    pci_id,
+    scaled,
+    worded,
+)
 from doctor.snapshot import (
     EVENT_REASONS,
-    NOT_ASKED,
     Absent,
     Activity,
     Clocks,
@@ -67,14 +88,16 @@ OK = 0
 NOT_SUPPORTED = Absent(Why.NOT_SUPPORTED)
 LOST = Absent(Why.LOST, "the GPU has fallen off the bus")
 LEFT_ALONE = Absent(Why.NOT_ASKED, "the kernel log says that this GPU fell off the bus: NVML is not asked about it")
+LINK_IS_DOWN = Absent(Why.NOT_SUPPORTED, "the link is down")
 NO_SECOND_SAMPLE = Absent(Why.NOT_ASKED, "a rate needs two visits")
+NO_DEVICE_NODE = Absent(Why.NO_PERMISSION, "this user may not open /dev/nvidiactl")
 NOT_TEXT = Absent(Why.FAILED, "NVML answered with bytes that are no text; the InfoROM may be corrupt")
 
 # Field ids of nvmlDeviceGetFieldValues (nvml.h). A field asked with a scope is that of a link.
 ECC_CORRECTED_VOLATILE, ECC_UNCORRECTED_VOLATILE, ECC_CORRECTED_AGGREGATE, ECC_UNCORRECTED_AGGREGATE = 3, 4, 5, 6
 SW_POWER_CAP_TIME, SYNC_BOOST_TIME, SW_THERMAL_TIME, HW_THERMAL_TIME, POWER_BRAKE_TIME = 74, 76, 269, 270, 271
 MEMORY_CELSIUS, ENERGY, LINK_COUNT, PCIE_REPLAYS = 82, 83, 91, 94
-LINK_REPLAYS, LINK_RECOVERIES, LINK_CRC, LINK_SPEED, LINK_STATE, LINK_VERSION = 161, 162, 163, 164, 165, 166
+LINK_REPLAYS, LINK_RECOVERIES, LINK_CRC, LINK_SPEED, LINK_STATE = 161, 162, 163, 164, 165
 POWER_AVERAGE, POWER_INSTANT = 185, 186
 MARGIN_SHUTDOWN, MARGIN_SLOWDOWN = 193, 194
 LINK_RECOVERY_EVENTS = 215
@@ -86,54 +109,21 @@ FIELDS: tuple[int, ...] = (
     MEMORY_CELSIUS, ENERGY, PCIE_REPLAYS, POWER_AVERAGE, POWER_INSTANT, RECOVERY_ACTION,
 )  # fmt: skip
 """What every visit reads of a GPU in one driver call."""
+LINK_FIELDS = (LINK_STATE, LINK_REPLAYS, LINK_RECOVERIES, LINK_CRC, LINK_SPEED)
+"""What every visit reads of each NVLink, all links in one driver call."""
 FIXED_FIELDS: tuple[int, ...] = (LINK_COUNT, MARGIN_SHUTDOWN, MARGIN_SLOWDOWN)
 FIELD_VALUE = struct.Struct("@IIqqIIQ")
 """nvmlFieldValue_t: field, scope, timestamp, latency, type, return, value."""
+DOUBLE, UNSIGNED_INT, UNSIGNED_LONG, UNSIGNED_LONG_LONG, SIGNED_LONG_LONG, SIGNED_INT = range(6)
+"""nvmlValueType_t. T.Limit thresholds are signed."""
 
 GA100 = (8, 0)
 BLACKWELL = 10
 
-RECOVERY_ACTIONS = (
-    "none", "reset", "reboot", "drain-p2p", "drain-and-reset", "recover-imex", "bus-reset", "system-reboot",
-)  # fmt: skip
-COMPUTE_MODES = {0: "default", 1: "exclusive-thread", 2: "prohibited", 3: "exclusive-process"}
-LINK_VERSIONS = {1: "1.0", 2: "2.0", 3: "2.2", 4: "3.0", 5: "3.1", 6: "4.0", 7: "5.0", 8: "6.0"}
-REMOTES = {0: "gpu", 1: "cpu", 2: "switch"}
-ANCESTORS = {0: "X", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
-P2P_STATUS = {
-    0: "ok",
-    1: "chipset-not-supported",
-    2: "gpu-not-supported",
-    3: "topology-not-supported",
-    4: "disabled-by-regkey",
-    5: "not-supported",
-}
 P2P_READ, P2P_WRITE, P2P_NVLINK, P2P_ATOMICS = range(4)
 """The binding's own NVML_P2P_CAPS_INDEX_READ is a tuple by mistake."""
-FABRIC_STATES = ("not-supported", "not-started", "in-progress", "completed")
-FABRIC_HEALTH = ("not-reported", "healthy", "unhealthy", "limited")
-FABRIC_FAULTS = (
-    (0, "degraded bandwidth"),
-    (2, "route recovery in progress"),
-    (4, "route unhealthy"),
-    (6, "access timeout recovery"),
-)
-"""Two bits each, by their shift in the health mask: 0 not reported, 1 true, 2 false."""
-FABRIC_CONFIGURATION = {
-    2: "wrong system GUID",
-    3: "wrong chassis serial number",
-    4: "no partition",
-    5: "insufficient NVLinks",
-    6: "incompatible GPU firmware",
-    7: "invalid location",
-    8: "invalid GPU state",
-}
-"""Four bits at shift 8: 0 not reported, 1 none."""
-
 GPM_SM, GPM_TENSOR, GPM_DRAM, GPM_PCIE_TX, GPM_PCIE_RX, GPM_NVLINK_RX, GPM_NVLINK_TX = 2, 5, 10, 20, 21, 60, 61
 GPM_METRICS: tuple[int, ...] = (GPM_SM, GPM_TENSOR, GPM_DRAM, GPM_PCIE_TX, GPM_PCIE_RX, GPM_NVLINK_RX, GPM_NVLINK_TX)
-
-T = TypeVar("T", bound=msgspec.Struct)
 
 
 class GpuIsLostError(Exception):
@@ -196,64 +186,31 @@ def first_known(*asked: tuple[Any, ...]) -> Any:
     return answer
 
 
-def field_values(handle: Any, fields: list[Any]) -> Iterator[Maybe[float]]:
-    """Yield the values of fields, each with its own answer, read in one driver call."""
+def field_values(handle: Any, fields: list[Any]) -> list[Maybe[float]]:
+    """Return the values of fields, each with its own answer, read in one driver call."""
     values = ask("nvmlDeviceGetFieldValues", handle, fields)
     if isinstance(values, Absent):
-        yield from [values] * len(fields)
-        return
-    for _, _, _, _, kind, status, bits in FIELD_VALUE.iter_unpack(values):
-        if status != OK:
-            # A field that the driver does not know is answered with Invalid Argument.
-            yield absent(13 if status == pynvml.NVML_ERROR_INVALID_ARGUMENT else status)
-        elif kind == pynvml.NVML_VALUE_TYPE_UNSIGNED_INT:
-            yield bits & 0xFFFFFFFF
-        elif kind == pynvml.NVML_VALUE_TYPE_SIGNED_INT:
-            yield ((bits & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
-        elif kind == pynvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG:
-            yield (bits ^ (1 << 63)) - (1 << 63)
-        elif kind == pynvml.NVML_VALUE_TYPE_DOUBLE:
-            yield struct.unpack("=d", struct.pack("=Q", bits))[0]
-        else:
-            yield bits
+        return [values] * len(fields)
+    return [
+        bits if status == OK and kind in {UNSIGNED_LONG, UNSIGNED_LONG_LONG} else field_value(kind, status, bits)
+        for _, _, _, _, kind, status, bits in FIELD_VALUE.iter_unpack(values)
+    ]
 
 
-def scaled(value: Maybe[float], factor: float) -> Maybe[float]:
-    """Return a value in another unit."""
-    return value if isinstance(value, Absent) else value * factor
-
-
-def counted(value: Maybe[float]) -> Maybe[int]:
-    """Return a value that counts something."""
-    return value if isinstance(value, Absent) else int(value)
-
-
-def flag(value: Maybe[float]) -> Maybe[bool]:
-    """Return a value that is yes or no."""
-    return value if isinstance(value, Absent) else bool(value)
-
-
-def worded(value: Maybe[float], words: dict[int, str], other: str = "unknown") -> Maybe[str]:
-    """Return the word for one of NVML's numbers."""
-    return value if isinstance(value, Absent) else words.get(int(value), other)
-
-
-def hollow(struct_type: type[T], why: Absent) -> T:
-    """Return a struct of which every value is missing for the same reason."""
-    return struct_type(
-        **{field.name: why for field in msgspec.structs.fields(struct_type) if field.default is NOT_ASKED}
-    )
-
-
-def pci_address(info: Any) -> str:
-    """Return an address as the snapshot writes it: NVML's domain has eight digits."""
-    domain, _, rest = str(info.busId).lower().partition(":")
-    return f"{int(domain, 16):04x}:{rest}"
-
-
-def pci_id(word: int) -> str:
-    """Return `vendor:device` of NVML's combined number."""
-    return f"{word & 0xFFFF:04x}:{word >> 16:04x}"
+def field_value(kind: int, status: int, bits: int) -> Maybe[float]:
+    """Return what a field's union holds, by its type."""
+    if status != OK:
+        # A field that the driver does not know is answered with Invalid Argument.
+        return absent(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND if status == pynvml.NVML_ERROR_INVALID_ARGUMENT else status)
+    if kind == UNSIGNED_INT:
+        return bits & 0xFFFFFFFF
+    if kind == SIGNED_INT:
+        return ((bits & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+    if kind == SIGNED_LONG_LONG:
+        return (bits ^ (1 << 63)) - (1 << 63)
+    if kind == DOUBLE:
+        return struct.unpack("=d", struct.pack("=Q", bits))[0]
+    return bits
 
 
 class Device:
@@ -265,18 +222,19 @@ class Device:
         self.samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
         self._fixed: dict[tuple[Any, ...], Any] = {}
         self._fixed_fields: dict[int, Maybe[float]] = {}
+        self._link_versions: dict[int, Maybe[str]] = {}
         self._remotes: dict[int, tuple[Maybe[str], Maybe[str]]] = {}
         self._gpm_samples: tuple[Any, Any] | None = None
         self._gpm_at = -math.inf
-        self.uuid: str = self._required("nvmlDeviceGetUUID")
+        self._gpm_request = gpm_request()
+        self.lost = False
+        uuid = ask("nvmlDeviceGetUUID", handle)
+        self.uuid: str = f"index:{index}" if isinstance(uuid, Absent) else uuid
         pci = ask("nvmlDeviceGetPciInfo", handle)
         self.pci: Maybe[str] = pci if isinstance(pci, Absent) else pci_address(pci)
         self._pci_device_id: Maybe[str] = pci if isinstance(pci, Absent) else pci_id(pci.pciDeviceId)
         self._pci_subsystem_id: Maybe[str] = pci if isinstance(pci, Absent) else pci_id(pci.pciSubSystemId)
-
-    def _required(self, function: str) -> str:
-        answer = ask(function, self.handle)
-        return f"index:{self.index}" if isinstance(answer, Absent) else answer
+        self._numa_node = self._read_numa_node()
 
     def _ask(self, function: str, *arguments: Any) -> Any:
         return ask(function, self.handle, *arguments)
@@ -315,11 +273,11 @@ class Device:
             vbios_version=self._once("nvmlDeviceGetVbiosVersion"),
             inforom_version=self._once("nvmlDeviceGetInforomImageVersion"),
             compute_capability=self._once("nvmlDeviceGetCudaComputeCapability"),
-            numa_node=self._numa_node(),
+            numa_node=self._numa_node,
             persistence_mode=flag(self._ask("nvmlDeviceGetPersistenceMode")),
             compute_mode=worded(self._ask("nvmlDeviceGetComputeMode"), COMPUTE_MODES),
             lost=False,
-            recovery_action=worded(fields[RECOVERY_ACTION], dict(enumerate(RECOVERY_ACTIONS))),
+            recovery_action=worded(fields[RECOVERY_ACTION], RECOVERY_ACTIONS),
             memory=self._memory(),
             mig=mig,
             thermal=self._thermal(fields),
@@ -346,14 +304,14 @@ class Device:
 
     def sample(self) -> None:
         """Take a sample of instant power, where there is such a thing."""
-        value = next(field_values(self.handle, [POWER_INSTANT]))
+        value = field_values(self.handle, [POWER_INSTANT])[0]
         if isinstance(value, Absent) and self._instant_by_usage:
             value = cast("Maybe[float]", self._ask("nvmlDeviceGetPowerUsage"))
         if known(value):
             self.samples.append(Sample(round(time.time(), 3), value / 1000))
 
-    def _numa_node(self) -> Maybe[int]:
-        affinity = self._once("nvmlDeviceGetMemoryAffinity", 4, 0)
+    def _read_numa_node(self) -> Maybe[int]:
+        affinity = self._ask("nvmlDeviceGetMemoryAffinity", 4, 0)
         if isinstance(affinity, Absent):
             return affinity
         nodes = [64 * word + bit for word in range(4) for bit in range(64) if affinity[word] >> bit & 1]
@@ -362,9 +320,10 @@ class Device:
     def _memory(self) -> GpuMemory:
         memory = ask("nvmlDeviceGetMemoryInfo", self.handle, pynvml.nvmlMemory_v2)
         reserved: Maybe[int] = NOT_SUPPORTED
-        if isinstance(memory, Absent):  # Before driver 510 the reserved part counts as used.
+        if isinstance(memory, Absent) and memory.why is Why.MISSING_SYMBOL:
+            # Before driver 510 the reserved part counts as used.
             memory = ask("nvmlDeviceGetMemoryInfo", self.handle)
-        else:
+        elif known(memory):
             reserved = memory.reserved
         bar1 = self._ask("nvmlDeviceGetBAR1MemoryInfo")
         no_memory, no_bar1 = isinstance(memory, Absent), isinstance(bar1, Absent)
@@ -518,7 +477,7 @@ class Device:
         first, self._gpm_at = self._gpm_at == -math.inf, now
         if first:
             return dict.fromkeys(GPM_METRICS, NO_SECOND_SAMPLE)
-        request = gpm_request()
+        request = self._gpm_request
         request.sample1, request.sample2 = before, fresh
         answer = ask("nvmlGpmMetricsGet", request)
         if isinstance(answer, Absent):
@@ -563,45 +522,49 @@ class Device:
             return count
         if mig.enabled is True:
             return Absent(Why.NOT_SUPPORTED, "NVML tells nothing of NVLinks while MIG is on")
-        links = range(int(count))
         architecture = self._once("nvmlDeviceGetArchitecture")
         blackwell = known(architecture) and architecture >= BLACKWELL
         # What counts errors differs: the DL counters end with Hopper, and the older field ids answer 0 there.
-        wanted = (
-            (LINK_STATE, LINK_RECOVERY_EVENTS) if blackwell else (LINK_STATE, LINK_REPLAYS, LINK_RECOVERIES, LINK_CRC)
-        )
-        asked = [(field, link) for link in links for field in (*wanted, LINK_SPEED)]
+        wanted = (LINK_STATE, LINK_RECOVERY_EVENTS, LINK_SPEED) if blackwell else LINK_FIELDS
+        asked = [(field, link) for link in range(int(count)) for field in wanted]
         values = iter(field_values(self.handle, asked) if asked else ())
-        found: list[NvLink] = []
-        for link in links:
-            state, *errors, speed = (next(values) for _ in range(len(wanted) + 1))
-            if blackwell:
-                errors = [NOT_SUPPORTED, *errors, NOT_SUPPORTED]
-            elif isinstance(state, Absent):  # Before driver 520 there are no such fields.
-                state = self._ask("nvmlDeviceGetNvLinkState", link)
-                errors = [self._ask("nvmlDeviceGetNvLinkErrorCounter", link, counter) for counter in range(3)]
-            active = flag(state)
-            remote, remote_pci = self._remote(link, active)
-            found.append(
-                NvLink(
-                    link=link,
-                    active=active,
-                    version=worded(self._once("nvmlDeviceGetNvLinkVersion", link), LINK_VERSIONS),
-                    speed_bytes_per_second=scaled(speed, 1e6),
-                    remote=remote,
-                    remote_pci_address=remote_pci,
-                    replay_errors_total=counted(errors[0]),
-                    recovery_errors_total=counted(errors[1]),
-                    crc_errors_total=counted(errors[2]),
-                )
-            )
-        return tuple(found)
+        # Each link takes its own values off the one row of them.
+        return tuple(self._link(link, *row) for link, row in enumerate(zip(*[values] * len(wanted), strict=True)))
+
+    def _link(self, link: int, state: Maybe[float], *row: Maybe[float]) -> NvLink:
+        *errors, speed = row
+        if len(errors) == 1:
+            replays, recoveries, crc = NOT_SUPPORTED, errors[0], NOT_SUPPORTED
+        elif isinstance(state, Absent):  # Before driver 520 there are no such fields.
+            state = cast("Maybe[float]", self._ask("nvmlDeviceGetNvLinkState", link))
+            replays, recoveries, crc = (self._ask("nvmlDeviceGetNvLinkErrorCounter", link, n) for n in range(3))
+        else:
+            replays, recoveries, crc = errors
+        active = state if isinstance(state, Absent) else state == 1
+        remote, remote_pci = self._remote(link, active)
+        return NvLink(
+            link=link,
+            active=active,
+            version=self._link_version(link),
+            speed_bytes_per_second=speed if isinstance(speed, Absent) else speed * 1e6,
+            remote=remote,
+            remote_pci_address=remote_pci,
+            replay_errors_total=counted(replays),
+            recovery_errors_total=counted(recoveries),
+            crc_errors_total=counted(crc),
+        )
+
+    def _link_version(self, link: int) -> Maybe[str]:
+        version = self._link_versions.get(link)
+        if version is None:
+            version = self._link_versions[link] = worded(self._ask("nvmlDeviceGetNvLinkVersion", link), LINK_VERSIONS)
+        return version
 
     def _remote(self, link: int, active: Maybe[bool]) -> tuple[Maybe[str], Maybe[str]]:
         """Return kind and address of the other end, which a link that is down does not tell."""
         if active is not True:
             self._remotes.pop(link, None)
-            why = active if isinstance(active, Absent) else Absent(Why.NOT_SUPPORTED, "the link is down")
+            why = active if isinstance(active, Absent) else LINK_IS_DOWN
             return why, why
         if link not in self._remotes:
             kind = self._ask("nvmlDeviceGetNvLinkRemoteDeviceType", link)
@@ -620,7 +583,7 @@ class Device:
             answer = self._ask("nvmlDeviceGetGpuFabricInfo", ctypes.byref(info))
         if isinstance(answer, Absent):
             return hollow(Fabric, answer)
-        state = worded(info.state, dict(enumerate(FABRIC_STATES)))
+        state = worded(info.state, FABRIC_STATES)
         mask: int | None = getattr(info, "healthMask", None)
         status: Maybe[str] = NOT_SUPPORTED
         if state == "completed":
@@ -631,9 +594,7 @@ class Device:
         summary: int = getattr(info, "healthSummary", 0)
         if not summary:
             summary = 2 if unhealthy else 1 if mask else 0
-        return Fabric(
-            state=state, status=status, health=worded(summary, dict(enumerate(FABRIC_HEALTH))), unhealthy=unhealthy
-        )
+        return Fabric(state=state, status=status, health=worded(summary, FABRIC_HEALTH), unhealthy=unhealthy)
 
     def _processes(self, handle: Any) -> Maybe[tuple[GpuProcess, ...]]:
         processes = first_known(
@@ -649,47 +610,6 @@ class Device:
             )
             for process in processes
         )
-
-
-def nobody(uuid: str, index: int, why: Absent, lost: Maybe[bool]) -> Gpu:
-    """Return a GPU of which nothing is known, and why."""
-    return msgspec.structs.replace(
-        hollow_gpu(why),
-        uuid=uuid,
-        index=index,
-        lost=lost,
-        memory=hollow(GpuMemory, why),
-        mig=hollow(Mig, why),
-        thermal=hollow(Thermal, why),
-        clocks=hollow(Clocks, why),
-        power=hollow(Power, why),
-        activity=hollow(Activity, why),
-        pcie=hollow(Pcie, why),
-        ecc=hollow(Ecc, why),
-        fabric=hollow(Fabric, why),
-    )
-
-
-def hollow_gpu(why: Absent) -> Gpu:
-    """Return a GPU without identity whose own values are missing."""
-    values = {field.name: why for field in msgspec.structs.fields(Gpu) if field.default is NOT_ASKED}
-    return Gpu(uuid="", index=0, **values)  # pyright: ignore[reportArgumentType] # every Maybe takes an Absent
-
-
-def mig_profile(attributes: Any) -> str:
-    """Return a MIG profile's name as the driver gives it: `3g.40gb`, or `1c.3g.40gb` for a part of an instance."""
-    slices, part = attributes.gpuInstanceSliceCount, attributes.computeInstanceSliceCount
-    whole = f"{slices}g.{math.ceil(attributes.memorySizeMB / 1024)}gb"
-    return whole if part == slices else f"{part}c.{whole}"
-
-
-def fabric_faults(mask: int) -> tuple[str, ...]:
-    """Return what a fabric health mask complains about. In each field 0 is `not reported`, 2 is `false`."""
-    found = [word for shift, word in FABRIC_FAULTS if mask >> shift & 0x3 == 1]
-    configuration = mask >> 8 & 0xF
-    if configuration > 1:
-        found.append(FABRIC_CONFIGURATION.get(configuration, f"incorrect configuration {configuration}"))
-    return tuple(found)
 
 
 def gpm_request() -> Any:
@@ -717,7 +637,7 @@ class Nvml:
             raise CannotStartError(Absent(Why.NOT_PRESENT, "no NVIDIA driver is loaded"))
         answer = ask("nvmlInit")
         if isinstance(answer, Absent):
-            raise CannotStartError(answer)
+            raise CannotStartError(NO_DEVICE_NODE if answer.why is Why.NO_PERMISSION else answer)
         self._devices: dict[int, Device] = {}
         self._ancestors: dict[tuple[str, str], Maybe[str]] = {}
         self._left_alone: frozenset[str] = frozenset()
@@ -747,9 +667,11 @@ class Nvml:
     def sample(self) -> None:
         """Sample the power of every GPU."""
         for device in self._devices.values():
-            if device.pci not in self._left_alone:
-                with contextlib.suppress(GpuIsLostError):
+            if not device.lost and device.pci not in self._left_alone:
+                try:
                     device.sample()
+                except GpuIsLostError:
+                    device.lost = True
 
     def _addresses(self, count: int) -> dict[int, tuple[str, str]]:
         """Return PCI address and UUID by index as the driver's own list has them; NVML goes by PCI address too.
@@ -781,18 +703,25 @@ class Nvml:
         if device.pci in self._left_alone:
             return device.gone(LEFT_ALONE, LEFT_ALONE)
         try:
-            return device.visit()
+            gpu = device.visit()
         except GpuIsLostError:
-            return device.gone(LOST, lost=True)
+            gpu = device.gone(LOST, lost=True)
+        device.lost = gpu.lost is True
+        return gpu
 
     def _unreachable(self, index: int, cached: tuple[str, str], why: Absent, lost: Maybe[bool]) -> Gpu:
         address, uuid = cached
         return msgspec.structs.replace(nobody(uuid or f"index:{index}", index, why, lost), pci_address=address or why)
 
     def _pairs(self, gpus: tuple[Gpu, ...]) -> tuple[GpuPair, ...]:
-        return tuple(self._pair(first, second) for i, first in enumerate(gpus) for second in gpus[i + 1 :])
+        ends = [link_ends(gpu) for gpu in gpus]
+        return tuple(
+            self._pair(gpus[i], gpus[j], nvlinks_between(gpus[i], ends[i], gpus[j], ends[j]))
+            for i in range(len(gpus))
+            for j in range(i + 1, len(gpus))
+        )
 
-    def _pair(self, first: Gpu, second: Gpu) -> GpuPair:
+    def _pair(self, first: Gpu, second: Gpu, nvlinks: Maybe[int]) -> GpuPair:
         why = first.lost if isinstance(first.lost, Absent) else second.lost if isinstance(second.lost, Absent) else LOST
         if first.lost is not False or second.lost is not False:
             return GpuPair(
@@ -819,31 +748,13 @@ class Nvml:
         return GpuPair(
             first=first.uuid,
             second=second.uuid,
-            nvlinks=nvlinks_between(first, second),
+            nvlinks=nvlinks,
             ancestor=self._ancestors.get(key, LOST),
             p2p_read=read,
             p2p_write=write,
             p2p_nvlink=nvlink,
             p2p_atomics=atomics,
         )
-
-
-def nvlinks_between(first: Gpu, second: Gpu) -> Maybe[int]:
-    """Return how many NVLinks join two GPUs: those that end at the other, or those that both have to switches.
-
-    A virtual machine hides its switches: active links to an unknown end are counted as links to a switch.
-    """
-    sides: list[tuple[int, int]] = []
-    for gpu, other in ((first, second), (second, first)):
-        if isinstance(gpu.links, Absent):
-            if gpu.links.why is Why.NOT_SUPPORTED and gpu.mig.enabled is not True:
-                return 0  # A board without NVLink.
-            return gpu.links
-        active = [link for link in gpu.links if link.active is True]
-        direct = sum(link.remote_pci_address == other.pci_address and link.remote == "gpu" for link in active)
-        switched = sum(link.remote in {"switch", "unknown"} for link in active)
-        sides.append((direct, switched))
-    return min(direct for direct, _ in sides) or min(switched for _, switched in sides)
 
 
 def unseen_parts(gpus: tuple[Gpu, ...]) -> Iterator[Unseen]:
@@ -888,6 +799,10 @@ def serve(questions: BinaryIO, answers: BinaryIO, root: Path | None) -> None:
             answer = opened.visit(question)
         except CannotStartError as e:
             answer = Answer(number=question.number, failure=e.why)
+        except GpuIsLostError:
+            answer = Answer(number=question.number, failure=LOST)
+        except Exception as e:  # The last seam before the pipe: what is said here is all that the parent learns.
+            answer = Answer(number=question.number, failure=Absent(Why.FAILED, f"the NVML child failed: {e!r}"))
         answers.write(frame(answer))
         answers.flush()
         if answer.failure is not None:
