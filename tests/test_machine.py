@@ -7,6 +7,8 @@ parameters are those of the model cards and their safetensors headers.
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from doctor.machine import fabric as links
-from doctor.machine.card import CARDS, Card, card_of
+from doctor.machine.card import CARDS, CUDA_MEMORY_RATIO, Card, card_of
 from doctor.machine.fabric import Fabric, Link, all_reduce_seconds, fabric_between, mesh_of, pcie_of, switch_of
 from doctor.machine.fit import narrower_sizes, room, why_tp_impossible
-from doctor.machine.step import STEP_SECONDS, decode_step, prefill_step
+from doctor.machine.serving import Serving, serving_of
+from doctor.machine.step import STEP_SECONDS, decode_step, loaded_token_seconds, prefill_step
 from doctor.machine.weights import (
     Model,
     kv_bytes_per_token,
@@ -27,7 +30,21 @@ from doctor.machine.weights import (
     weight_bytes_per_gpu,
 )
 from doctor.readers import model_config
-from doctor.snapshot import Absent, Gpu, GpuMemory, GpuPair, ModelConfig, Why, known
+from doctor.snapshot import (
+    Absent,
+    Engine,
+    EngineFlags,
+    EngineStack,
+    Gpu,
+    GpuMemory,
+    GpuPair,
+    Mig,
+    ModelConfig,
+    Snapshot,
+    Why,
+    known,
+)
+from rules.tables.products import PRODUCTS
 
 BF16 = Absent(Why.NOT_PRESENT)
 H100, H200 = CARDS["10de:2330"], CARDS["10de:2335"]
@@ -408,7 +425,7 @@ def test_inter_token_latency_of_llama_70b_by_hand(card: Card, tp: int, milliseco
 
 @pytest.mark.parametrize(("tp", "document"), [(2, 0.10), (4, 0.15), (8, 0.25)])
 @pytest.mark.parametrize("config", [LLAMA_70B, QWEN_72B], ids=["llama-70b", "qwen-72b"])
-def test_the_documents_communication_shares_are_ncclls(config: ModelConfig, tp: int, document: float) -> None:
+def test_the_documents_communication_shares_are_those_of_nccl(config: ModelConfig, tp: int, document: float) -> None:
     """Document 3 gives 10, 15 and 25 % of a step; that is NCCL's all-reduce. The engine's kernels need half of it."""
     nccl = decode_step(of(config), H100, switch_of(H100, custom=False), tp, batch=32, context=1152)
     own = decode_step(of(config), H100, switch_of(H100), tp, batch=32, context=1152)
@@ -432,6 +449,15 @@ def test_two_cards_scale_as_document_2_says() -> None:
 
     assert gain(H100, switch_of(H100)) == pytest.approx(1.84, abs=0.05)
     assert gain(RTX_4090, pcie_of(RTX_4090, 2)) == pytest.approx(1.5, abs=0.2)
+
+
+def test_the_documents_latency_under_load_is_decode_and_the_prompts_between() -> None:
+    """Document 3: vLLM on 4 × H100, 32 requests of 1024 tokens in and 256 out: about 30 ms a token, 310 tok/s a GPU."""
+    model = of(LLAMA_70B)
+    decode = decode_step(model, H100, switch_of(H100), 4, batch=32, context=1152)
+    seconds = loaded_token_seconds(decode, prefill_step(model, H100, switch_of(H100), 4, 1024), generated_tokens=256)
+    assert seconds == pytest.approx(0.030, rel=0.1)
+    assert 32 / seconds / 4 == pytest.approx(310, rel=0.15)
 
 
 def test_four_gpus_are_faster_than_two_for_one_stream_of_a_dense_70b() -> None:
@@ -551,6 +577,131 @@ def test_narrower_sizes_are_those_that_load() -> None:
     assert narrower_sizes(of(LLAMA_70B), 1) == ()
 
 
+# An engine of a snapshot ------------------------------------------------------------------------------------------
+
+
+def node(device_id: str = "10de:2330", count: int = 4, **changes: object) -> Snapshot:
+    gpus = tuple(Gpu(uuid=uuid, index=i, pci_device_id=device_id) for i, uuid in enumerate("abcdefgh"[:count]))
+    return Snapshot(at=0.0, gpus=gpus, pairs=pairs("abcdefgh"[:count], 18), **changes)
+
+
+def engine(config: ModelConfig = LLAMA_70B, version: str = "0.19.1", **flags: object) -> Engine:
+    return Engine(
+        pid=1, started_at=0.0, kind="vllm", flags=EngineFlags(**flags), stack=EngineStack(engine=version), model=config
+    )
+
+
+def served(snapshot: Snapshot, of: Engine, gpus: str, **how: bool) -> Serving:
+    serving = serving_of(snapshot, of, gpus, **how)
+    assert known(serving), serving
+    return serving
+
+
+def test_an_engine_is_asked_at_its_own_width_and_at_others() -> None:
+    serving = served(node(), engine(), "abcd")
+    model = of(LLAMA_70B)
+    assert serving.decode(batch=2, context=9) == decode_step(model, H100, switch_of(H100), 4, batch=2, context=9)
+    assert serving.decode(tp=2) == decode_step(model, H100, switch_of(H100), 2)
+    assert serving.prefill(100) == prefill_step(model, H100, switch_of(H100), 4, 100)
+    assert serving.room() == room(model, H100, 4)
+    assert serving.obstacles(6)[0].kind == "heads"
+    assert not known(serving.decode(tp=8))
+
+
+def test_the_flags_of_an_engine_count() -> None:
+    flags = {"kv_cache_dtype": "fp8", "quantization": "fp8", "max_model_len": 4096, "disable_custom_all_reduce": True}
+    serving = served(node(), engine(**flags), "ab")
+    assert serving.context == 4096
+    assert serving.fabric() == switch_of(H100, custom=False)
+    assert serving.room() == room(of(LLAMA_70B, "fp8"), H100, 2, kv_element_bytes=1.0)
+    assert served(node(), engine(version="0.32.0"), "ab").room() == room(of(LLAMA_70B), H100, 2, utilization=0.92)
+    assert served(node(), engine(gpu_memory_utilization=0.8), "ab").room() == room(
+        of(LLAMA_70B), H100, 2, utilization=0.8
+    )
+    assert served(node(), engine(), "ab", custom=False).fabric() == switch_of(H100, custom=False)
+    assert served(node(), engine(DEEPSEEK_V3, speculative='{"method": "mtp"}'), "ab").room().weight_bytes == (
+        weight_bytes_per_gpu(of(DEEPSEEK_V3), 2, speculative=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "of", "gpus", "words"),
+    [
+        (node(), engine(), "", "which GPUs"),
+        (node(), engine(), "ax", "GPU x was not seen"),
+        (node("10de:1eb8"), engine(), "ab", "10de:1eb8"),
+        (node(), engine(pipeline_parallel_size=2), "ab", "pipeline"),
+        (node(), engine(kv_cache_dtype="turbo"), "ab", "turbo"),
+        (node(), engine(ModelConfig()), "ab", "unknown type"),
+    ],
+)
+def test_an_engine_that_can_not_be_reckoned_says_why(snapshot: Snapshot, of: Engine, gpus: str, words: str) -> None:
+    answer = serving_of(snapshot, of, gpus)
+    assert isinstance(answer, Absent)
+    assert words in str(answer)
+
+
+def test_unlike_or_partitioned_gpus_are_not_reckoned() -> None:
+    gpus = (Gpu(uuid="a", index=0, pci_device_id="10de:2330"), Gpu(uuid="b", index=1, pci_device_id="10de:2335"))
+    mixed = serving_of(Snapshot(at=0.0, gpus=gpus), engine(), "ab")
+    assert "different products" in str(mixed)
+    cut = (msgspec.structs.replace(gpus[0], mig=Mig(enabled=True)),)
+    assert "MIG" in str(serving_of(Snapshot(at=0.0, gpus=cut), engine(), "a"))
+
+
+# The page ----------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "arithmetic.md"
+BEGINS, ENDS = "GOLDEN=write makes it anew -->\n", "<!-- end -->"
+SHOWN = (
+    ("Llama 3.3 70B, BF16", of(LLAMA_70B), (1, 2, 4, 8)),
+    ("Llama 3.3 70B, FP8", of(LLAMA_70B, "fp8"), (1, 2, 4, 8)),
+    ("Qwen 2.5 72B, BF16", of(QWEN_72B), (1, 2, 4, 8)),
+    ("Mixtral 8x22B, BF16", of(MIXTRAL_8X22B), (4, 8)),
+    ("Qwen3-235B-A22B, FP8", block_fp8(QWEN3_235B), (4,)),
+    ("Llama 3.1 405B, FP8", of(LLAMA_405B, "fp8"), (8,)),
+    ("DeepSeek-V3 and R1, FP8", of(DEEPSEEK_V3), (8,)),
+)
+
+
+def rows() -> str:
+    heads = ("model", "GPUs", "weights a GPU", "KV room", "1 request", "32 requests", "all-reduce", "prompt")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, model, widths in SHOWN:
+        for card in (H100, H200):
+            for tp in widths:
+                cells = [name, f"{tp} × {card.name.split()[0]}", f"{weight_bytes_per_gpu(model, tp) / 1e9:.1f} GB"]
+                tokens = room(model, card, tp).kv_tokens
+                lines.append(
+                    "| "
+                    + " | ".join(cells + (timed(model, card, tp, tokens) if tokens else ["none"] + ["–"] * 4))
+                    + " |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def timed(model: Model, card: Card, tp: int, tokens: int) -> list[str]:
+    own, nccl = switch_of(card), switch_of(card, custom=False)
+    many = decode_step(model, card, own, tp, batch=32, context=1152)
+    share = decode_step(model, card, nccl, tp, batch=32, context=1152).communication_ratio
+    return [
+        f"{tokens / 1000:.0f} k",
+        f"{decode_step(model, card, own, tp).seconds * 1e3:.1f} ms",
+        f"{many.seconds * 1e3:.1f} ms, {many.tokens_per_second:.0f} tok/s",
+        f"{many.communication_ratio:.0%} / {share:.0%}",
+        f"{prefill_step(model, card, own, tp, 2048).seconds * 1e3:.0f} ms",
+    ]
+
+
+def test_the_page_shows_what_the_arithmetic_says() -> None:
+    before, begins, rest = PAGE.read_text(encoding="utf-8").partition(BEGINS)
+    shown, ends, after = rest.partition(ENDS)
+    if os.environ.get("GOLDEN") == "write":
+        PAGE.write_text(before + begins + rows() + ends + after, encoding="utf-8")
+        shown = rows()
+    assert shown == rows(), "docs/arithmetic.md differs; look at it, then GOLDEN=write"
+
+
 # Cards ------------------------------------------------------------------------------------------------------------
 
 
@@ -566,6 +717,20 @@ def test_a_card_is_its_device_id_and_its_memory_is_what_nvml_saw() -> None:
 
 def test_a_card_never_holds_more_than_cuda_hands_out() -> None:
     assert CARDS["10de:20b2"].memory_bytes == pytest.approx(79.14 * 2**30, rel=0.002)  # PyTorch's own words
+
+
+def test_cards_and_products_say_the_same() -> None:
+    """Two rooms, one truth: this floor can't read the rules' table of products, so the two are compared here."""
+    products = {product.device_id: product for product in PRODUCTS}
+    assert set(CARDS) <= set(products)
+    for device_id, card in CARDS.items():
+        product = products[device_id]
+        assert card.memory_bytes_per_second == product.memory_bandwidth_bytes_per_second, product.name
+        assert card.nvlinks == product.nvlinks, product.name
+        assert (card.fp8_flops is not None) == product.native_fp8, product.name
+        assert product.memory_mib is None or card.memory_bytes == product.memory_mib * 2**20 * CUDA_MEMORY_RATIO
+        wire = card.nvlinks * (product.nvlink_bytes_per_second or 0.0)  # NVML counts the coding, the data sheet doesn't
+        assert card.nvlink_bytes_per_second == pytest.approx(wire, rel=0.07), product.name
 
 
 # What holds for any model -----------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ CARDS: dict[str, Card] = {
     "10de:2684": _card(
         "RTX 4090 24GB", (24564, 1008), (165.2, 330.3), (0, 0), PCIE_4
     ),  # Ada whitepaper, FP32 accumulation
-    "10de:2901": _card("B200 180GB", (183359, 7700), (2250.0, 4500.0), (18, 1800), PCIE_5),  # HGX B200 data sheet
+    "10de:2901": _card("B200 180GB", (183359, 8000), (2250.0, 4500.0), (18, 1800), PCIE_5),  # DGX B200 data sheet, / 8
 }
 
 

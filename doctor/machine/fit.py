@@ -13,7 +13,9 @@ Qwen3-235B in FP8 on 4 × H100 (vllm#21348); it grows with `--max-num-batched-to
 LEAST_RUNTIME_BYTES = 1.5e9
 """Below this no engine runs on a card  # guess: a context and NCCL's buffers, no graphs, one small batch."""
 UTILIZATION = 0.9
-"""`--gpu-memory-utilization` of vLLM up to 0.19; 0.92 from 0.20.2 on."""
+LATER_UTILIZATION = 0.92
+LATER_FROM = (0, 20)
+"""vLLM's `--gpu-memory-utilization` where none is given: 0.9 up to 0.19.1, 0.92 from 0.20.2 on (its CacheConfig)."""
 
 
 class Room(msgspec.Struct, frozen=True, kw_only=True):
