@@ -9,7 +9,8 @@ import msgspec
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, facts_of_gpu, rule
 from doctor.snapshot import Gpu, NvidiaMessage, Source, known
-from doctor.symptoms.engine_groups import engine_of_gpu, engine_of_log, unrecovered
+from doctor.symptoms.engine_groups import engine_of_gpu
+from doctor.symptoms.engine_log import incidents
 from doctor.symptoms.xids import answered_since, of_this_boot, xid_events
 from rules.tables.xids import codes_of
 
@@ -153,20 +154,20 @@ def _engine_says_so(history: History) -> Iterator[Finding]:
     One "unknown error" alone proves nothing: containers get it after `systemctl daemon-reload`
     (nvidia-container-toolkit#1227).
     """
-    lines = unrecovered(history, "nvml-error", "cuda-error")
-    lost = [e for e in lines if e.signal == "nvml-error" and e.facts.get("kind") == "gpu-lost"]
-    unknown = {e.signal: e for e in reversed(lines) if e.facts.get("kind") == "unknown"}
-    proof = lost[:1] or (list(unknown.values()) if len(unknown) == 2 else [])
-    if not proof:
-        return
-    first = min(proof, key=lambda e: e.at if e.at is not None else float("inf"))
     kernel = (
         "has no Xid 79" if Source.KERNEL_LOG in history.latest.seen else "was not there to read: look for an Xid 79"
     )
-    yield Finding(
-        summary=f"the engine met a GPU that no longer answers ({first.text}); the kernel log {kernel}",
-        evidence=tuple(Evidence(Source.ENGINE_LOG.value, e.where, e.text) for e in proof),
-        confidence=Confidence.MEDIUM if lost else Confidence.LOW,
-        subject=Subject(engine=engine_of_log(history, first.log)),
-        since=first.at,
-    )
+    for log, incident in incidents(history):
+        lost = incident.having("nvml-error", kinds=("gpu-lost",))
+        unknown = incident.having("cuda-error", "nvml-error", kinds=("unknown",))
+        both = {event.signal: event for event in reversed(unknown)}
+        proof = lost[:1] or (tuple(sorted(both.values(), key=incident.events.index)) if len(both) == 2 else ())
+        if not proof:
+            continue
+        yield Finding(
+            summary=f"the engine met a GPU that no longer answers ({proof[0].text}); the kernel log {kernel}",
+            evidence=tuple(Evidence(Source.ENGINE_LOG.value, e.where, e.text) for e in proof),
+            confidence=Confidence.MEDIUM if lost else Confidence.LOW,
+            subject=Subject(engine=log.engine),
+            since=incident.at,
+        )

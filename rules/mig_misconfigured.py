@@ -9,7 +9,8 @@ import msgspec
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
 from doctor.snapshot import Gpu, Source, known
-from doctor.symptoms.engine_groups import RankGroup, engine_of_log, rank_groups, unrecovered
+from doctor.symptoms.engine_groups import RankGroup, rank_groups
+from doctor.symptoms.engine_log import incidents
 from doctor.symptoms.names import name_of, names_of
 
 GIB = 1 << 30
@@ -123,14 +124,13 @@ def _unused(history: History, gpu: Gpu, groups: list[RankGroup], limits: Limits)
 
 
 def _engine(history: History) -> Iterator[Finding]:
-    for event in unrecovered(history, "launch-error", "exception"):
-        if event.facts.get("kind") == "mig-uuid" or "base 10: 'MIG-" in event.text:
+    for log, incident in incidents(history):
+        for event in incident.having("launch-error", kinds=("mig-uuid",))[:1]:
             yield Finding(
                 summary="the engine was given a MIG instance by its UUID and can't read it: "
                 "this vLLM takes only whole numbers in CUDA_VISIBLE_DEVICES",
                 evidence=(Evidence(Source.ENGINE_LOG.value, event.where, event.text),),
-                subject=Subject(engine=engine_of_log(history, event.log)),
-                since=event.at,
+                subject=Subject(engine=log.engine),
+                since=incident.at,
                 severity=Severity.CRITICAL,
             )
-            return

@@ -9,7 +9,7 @@ import msgspec
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
 from doctor.snapshot import Absent, Gpu, Snapshot, Source, Sxid, Why, known
-from doctor.symptoms.engine_groups import current_run, engine_of_log, logs, unrecovered
+from doctor.symptoms.engine_log import engine_logs, incidents
 from doctor.symptoms.names import names_of
 from doctor.symptoms.switches import has_switches, standing_messages
 from doctor.symptoms.xids import sxids
@@ -160,28 +160,35 @@ def _weight(sxid: Sxid) -> Confidence:
 
 
 def _engine(history: History, switches: bool | None) -> Iterator[Trouble]:
-    for event in unrecovered(history, "cuda-error"):
-        if event.facts.get("kind") == "system-not-initialized":
-            proof = Evidence(Source.ENGINE_LOG.value, event.where, event.text)
-            engine = engine_of_log(history, event.log)
-            text = "CUDA can't start (802, system not yet initialized): the driver waits for the fabric"
-            yield Trouble(text, proof, Confidence.MEDIUM, at=event.at, engine=engine)
-            break
-    signals = {"nccl-nvls-failed"} | ({"symm-mem-no-multicast", "multicast-unsupported"} if switches else set[str]())
-    for event in (e for log in logs(history) for e in current_run(history, log)):
-        if event.signal in signals and "out of memory" not in event.text:
-            nvls = event.signal == "nccl-nvls-failed"
+    for log, incident in incidents(history):
+        for event in incident.having("cuda-error", kinds=("system-not-initialized",))[:1]:
             yield Trouble(
-                "NCCL can't bind NVLink SHARP multicast memory: manager, switches or IMEX are not in order"
-                if nvls
-                else "the engine finds no multicast on a board with NVSwitches",
+                "CUDA can't start (802, system not yet initialized): the driver waits for the fabric",
                 Evidence(Source.ENGINE_LOG.value, event.where, event.text),
-                Confidence.MEDIUM if nvls else Confidence.LOW,
-                Severity.CRITICAL if nvls else Severity.WARNING,
-                event.at,
-                engine_of_log(history, event.log),
+                Confidence.MEDIUM,
+                at=incident.at,
+                engine=log.engine,
             )
-            break
+    for log in engine_logs(history):
+        failed = [event for event in log.having("nccl-nvls-failed") if "out of memory" not in event.text]
+        missing = log.having("symm-mem-no-multicast", "multicast-unsupported") if switches else ()
+        for event in failed[:1]:
+            yield Trouble(
+                "NCCL can't bind NVLink SHARP multicast memory: manager, switches or IMEX are not in order",
+                Evidence(Source.ENGINE_LOG.value, event.where, event.text),
+                Confidence.MEDIUM,
+                at=event.at,
+                engine=log.engine,
+            )
+        for event in missing[:1]:
+            yield Trouble(
+                "the engine finds no multicast on a board with NVSwitches",
+                Evidence(Source.ENGINE_LOG.value, event.where, event.text),
+                Confidence.LOW,
+                Severity.WARNING,
+                event.at,
+                log.engine,
+            )
 
 
 def _finding(troubles: list[Trouble]) -> Finding:

@@ -9,7 +9,8 @@ import msgspec
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import Absent, EngineEvent, GpuPair, Source, Why, known
-from doctor.symptoms.engine_groups import RankGroup, current_run, engine_of_log, logs, rank_groups
+from doctor.symptoms.engine_groups import RankGroup, rank_groups
+from doctor.symptoms.engine_log import engine_logs
 from doctor.symptoms.links import pairs_among, speaks_nvlink, way_between
 from doctor.symptoms.names import listed, names_of
 from rules.tables.products import product_of
@@ -67,12 +68,11 @@ def _cases(history: History) -> Iterator[Case]:
     for group in groups:
         yield _case(history, group)
     judged = {group.engine for group in groups}
-    for log in logs(history):
-        engine = engine_of_log(history, log)
-        case = _case(history, RankGroup(engine=engine, size=0, gpus=(), exact=False))
-        if engine not in judged and case.lines:
+    for log in engine_logs(history):
+        case = _case(history, RankGroup(engine=log.engine, size=0, gpus=(), exact=False))
+        if log.engine not in judged and case.lines:
             yield case
-    if not groups and not history.latest.engines and not logs(history):
+    if not groups and not history.latest.engines and not engine_logs(history):
         everyone = tuple(gpu.uuid for gpu in history.latest.gpus)
         case = _case(history, RankGroup(engine="", size=len(everyone), gpus=everyone, exact=False))
         if case.board and case.pairs:
@@ -103,13 +103,8 @@ def _goes_over_pcie(pair: GpuPair) -> bool:
 
 
 def _lines(history: History, group: RankGroup) -> tuple[EngineEvent, ...]:
-    engine = next((e for e in history.latest.engines if e.id == group.engine), None)
-    log = engine.log if engine is not None and known(engine.log) else group.engine
-    seen: dict[str, EngineEvent] = {}
-    for event in current_run(history, log):
-        if event.signal in OFF or event.signal == NO_MULTICAST:
-            seen.setdefault(event.signal, event)
-    return tuple(seen.values())
+    said = [e for log in engine_logs(history) if log.engine == group.engine for e in log.having(*OFF, NO_MULTICAST)]
+    return tuple({event.signal: event for event in reversed(said)}.values())
 
 
 def _fault(history: History, case: Case) -> Finding:

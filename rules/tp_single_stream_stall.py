@@ -7,17 +7,19 @@ from collections.abc import Iterator
 import msgspec
 
 from doctor.history import History
+from doctor.machine.card import Card, card_of
+from doctor.machine.fabric import fabric_between
+from doctor.machine.fit import UTILIZATION, room, why_tp_impossible
+from doctor.machine.step import decode_step
+from doctor.machine.weights import HALF_BYTES, Model, kv_element_bytes, model_of, read_bytes_per_gpu
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
-from doctor.snapshot import Absent, Engine, Source, Why, known
-from doctor.symptoms.decode import Decoding, bytes_read_per_token, context_tokens, decoding, kv_bytes_per_token
-from doctor.symptoms.engine_groups import rank_groups
-from rules.tables.products import Product, product_of
-
-GIB = 1 << 30
+from doctor.snapshot import Absent, Engine, Source, Why, known, or_none
+from doctor.symptoms.decoding import Decoding, decoding
+from doctor.symptoms.engine_groups import RankGroup, rank_groups
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """When a stream is single, and what a rank could do."""
+    """When a stream is single, and how much slower than predicted is slow."""
 
     window_seconds: float = 600.0
     """guess: a load that was single for ten minutes is the service's load."""
@@ -26,14 +28,8 @@ class Limits(msgspec.Struct, frozen=True):
     """guess: below these a window proves nothing."""
     streams_max: float = 1.5
     """Tokens a step; two streams that come and go stay below 2. guess."""
-    runtime_bytes: float = 5.0 * GIB
-    """A card's activations, graphs and runtime (combo page: about 5 GB a card at 32K context)."""
-    utilization: float = 0.9
-    """Of a card's memory, where the command line does not say (vLLM's default before 0.20; 0.92 since)."""
-    bandwidth_ratio: float = 0.7
-    """Of the data sheet's memory bandwidth that decoding reaches. guess: 60 to 80 % is what decode kernels report."""
-    allreduce_seconds: float = 10e-6
-    """One small all-reduce among two to eight ranks over NVLink, launch included. guess: 5 to 15 µs."""
+    slower_ratio: float = 1.33
+    """Measured over what half of the ranks are predicted to need. The prediction is right within about a third."""
 
 
 @rule(
@@ -48,7 +44,7 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
     """Ask of each group of four ranks or more: is the stream single, does half fit, what would half reach.
 
     The documents say that TP=4 is always slower for one stream than TP=2. Memory bandwidth says otherwise for large
-    models, so a latency that two ranks could not reach even in theory clears the group.
+    models, so a latency that half of the ranks could not reach even in theory clears the group.
     """
     for group in rank_groups(history):
         engine = next((e for e in history.latest.engines if e.id == group.engine), None)
@@ -56,66 +52,77 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
             continue
         load = decoding(history, engine.id, limits.window_seconds)
         if load is None:
-            yield Absent(
-                Why.NOT_ASKED, f"the metrics of engine {engine.pid} were not seen twice: its streams can't be counted"
-            )
+            yield _unknown(f"the metrics of engine {engine.pid} were not seen twice: its streams can't be counted")
         elif load.tokens and load.streams <= limits.streams_max and load.running_most <= 2 and not load.waiting_most:
-            yield from _single(history, engine, group.size, load, limits)
+            yield from _single(history, engine, group, load, limits)
 
 
-def _single(history: History, engine: Engine, size: int, load: Decoding, limits: Limits) -> Iterator[Finding | Absent]:
+def _unknown(why: str) -> Absent:
+    return Absent(Why.NOT_ASKED, why)
+
+
+def _single(
+    history: History, engine: Engine, group: RankGroup, load: Decoding, limits: Limits
+) -> Iterator[Finding | Absent]:
+    gpu = next((gpu for gpu in history.latest.gpus if gpu.uuid in group.gpus), None)
+    card = card_of(gpu) if gpu else _unknown("the engine's GPUs were not seen")
+    model = model_of(engine.model, or_none(engine.flags.quantization))
     if load.seconds < limits.least_seconds or load.tokens < limits.least_tokens:
-        yield Absent(
-            Why.NOT_ASKED, f"{load.tokens:.0f} tokens in {load.seconds:.0f} s are too few to judge a single stream by"
-        )
-        return
-    product = next((p for gpu in history.latest.gpus if (p := product_of(gpu)) is not None), None)
-    half = size // 2
-    fits = _fits(engine, half, product, limits)
-    if fits is None:
-        yield Absent(
-            Why.NOT_ASKED,
-            f"whether the model of engine {engine.pid} fits on {half} GPUs can't be told from its configuration",
-        )
-    elif fits:
-        yield from _judged(engine, size, load, product, limits)
+        yield _unknown(f"{load.tokens:.0f} tokens in {load.seconds:.0f} s are too few to judge a single stream by")
+    elif not known(card):
+        yield card
+    elif not known(model):
+        yield model
+    elif _fits(engine, model, card, group.size // 2):
+        yield from _judged(history, engine, group, load, model, card, limits)
 
 
-def _fits(engine: Engine, ranks: int, product: Product | None, limits: Limits) -> bool | None:
-    """Return whether weights, runtime and one request of the longest context fit on so many GPUs; None: can't be told."""
-    weights, per_token, context = engine.model.weights_bytes, kv_bytes_per_token(engine), context_tokens(engine)
-    if product is None or product.memory_mib is None or not known(weights) or per_token is None or context is None:
-        return None
-    share = engine.flags.gpu_memory_utilization
-    usable = (share if known(share) else limits.utilization) * product.memory_mib * (1 << 20)
-    return (weights + per_token * context) / ranks + limits.runtime_bytes <= usable
+def _fits(engine: Engine, model: Model, card: Card, ranks: int) -> bool:
+    """Return whether so many GPUs can share the model and hold one request of its longest context."""
+    flags = engine.flags
+    share = flags.gpu_memory_utilization
+    asked = (flags.max_model_len, engine.model.max_position_embeddings)
+    element = kv_element_bytes(or_none(flags.kv_cache_dtype))
+    left = room(
+        model,
+        card,
+        ranks,
+        utilization=share if known(share) else UTILIZATION,
+        kv_element_bytes=element if known(element) else HALF_BYTES,
+    )
+    return not why_tp_impossible(model, ranks) and left.holds(next((n for n in asked if known(n)), 1))
 
 
-def _judged(engine: Engine, size: int, load: Decoding, product: Product | None, limits: Limits) -> Iterator[Finding]:
-    half, measured = size // 2, load.inter_token_seconds
-    read = bytes_read_per_token(engine.model)
-    best = predicted = None
-    if product is not None and read is not None and known(engine.model.layers):
-        best = read / (half * product.memory_bandwidth_bytes_per_second)
-        predicted = best / limits.bandwidth_ratio + 2 * engine.model.layers * limits.allreduce_seconds
-    if measured is not None and best is not None and measured < best:
-        return  # two ranks could not do this even at full memory bandwidth: the width pays
-    slower = measured is not None and predicted is not None and measured >= predicted
+def _judged(
+    history: History, engine: Engine, group: RankGroup, load: Decoding, model: Model, card: Card, limits: Limits
+) -> Iterator[Finding]:
+    half, measured = group.size // 2, load.inter_token_seconds
+    if measured is not None and measured < read_bytes_per_gpu(model, half, 1) / card.memory_bytes_per_second:
+        return  # half of the ranks could not do this even at full memory bandwidth: the width pays
+    predicted = _predicted(history, group.gpus[:half], model, card)
+    slower = measured is not None and predicted is not None and measured >= limits.slower_ratio * predicted
     took = f"a token takes {measured * 1e3:.1f} ms" if measured is not None else "how long a token takes was not seen"
     would = f"; TP={half} is predicted at {predicted * 1e3:.1f} ms" if predicted is not None else ""
     yield Finding(
-        summary=f"TP={size} has served {load.streams:.1f} streams at a time for {load.seconds:.0f} s, {took}{would}, and the "
-        f"model fits on {half} GPUs: {size // half} replicas of TP={half} serve one stream each, and more in all",
+        summary=f"TP={group.size} has served {load.streams:.1f} streams at a time for {load.seconds:.0f} s, {took}{would}, "
+        f"and the model fits on {half} GPUs: two replicas of TP={half} serve one stream each",
         evidence=(
             Evidence(
                 Source.ENGINE_METRICS.value,
                 "vllm:generation_tokens_total, vllm:iteration_tokens_total_count",
                 f"{load.tokens:.0f} tokens in {load.steps:.0f} steps; at most {load.running_most:.0f} requests running",
             ),
-            Evidence(Source.PROCESSES.value, "--tensor-parallel-size", str(size)),
+            Evidence(Source.PROCESSES.value, "--tensor-parallel-size", str(group.size)),
         ),
         confidence=Confidence.MEDIUM if slower else Confidence.LOW,
         severity=None if slower else Severity.NOTICE,
         subject=Subject(engine=engine.id),
-        facts={"tensor-parallel-size": str(half), "replicas": str(size // half)},
+        facts={"tensor-parallel-size": str(half), "replicas": "2"}
+        | ({"port": str(engine.flags.port)} if known(engine.flags.port) else {}),
     )
+
+
+def _predicted(history: History, gpus: tuple[str, ...], model: Model, card: Card) -> float | None:
+    """Return the inter-token latency of one stream over these GPUs, seconds; None where their links were not seen."""
+    fabric = fabric_between(card, history.latest.pairs, gpus)
+    return decode_step(model, card, fabric, len(gpus)).seconds if known(fabric) else None

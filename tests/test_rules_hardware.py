@@ -711,10 +711,8 @@ def test_averages_alone_can_not_show_a_transient() -> None:
 # tp-single-stream-stall
 
 
-def single(
-    itl_seconds: float, *, streams: float = 1.0, weights: int = 70_000_000_000, tp: int = 4
-) -> tuple[Snapshot, ...]:
-    """One stream of an FP8 70B model for a minute."""
+def single(itl_seconds: float, *, streams: float = 1.0, fp8: bool = True, tp: int = 4) -> tuple[Snapshot, ...]:
+    """One stream of a 70B model for a minute."""
 
     def serve(snapshot: Snapshot, number: int) -> Snapshot:
         steps = number * nodes.EVERY / itl_seconds
@@ -724,7 +722,8 @@ def single(
             "generation_tokens_total": 1e4 + steps * streams,
             "inter_token_seconds": nodes.inter_token(itl_seconds, 1e4 + steps * streams),
         }
-        engine = nodes.with_engine(snapshot, model__weights_bytes=weights, flags__max_model_len=8192)
+        quantized = {"model__quantization_method": "fp8", "model__weights_bytes": 72_700_000_000} if fp8 else {}
+        engine = nodes.with_engine(snapshot, flags__max_model_len=8192, **quantized)
         return nodes.with_metrics(engine, **page)
 
     visits = nodes.healthy("hgx-h100-4", visits=5, tp=tp)
@@ -749,7 +748,7 @@ def test_a_latency_near_the_ideal_is_only_a_notice_and_one_beyond_it_is_nothing(
     "visits",
     [
         single(0.025, streams=24.0),
-        single(0.025, weights=141_000_000_000),  # needs all four
+        single(0.025, fp8=False),  # needs all four
         single(0.025, tp=2),
         nodes.healthy("hgx-h100-4", busy=False),
     ],
@@ -761,7 +760,7 @@ def test_what_only_looks_like_a_single_stream_stall(visits: tuple[Snapshot, ...]
 
 def test_too_few_tokens_or_an_unknown_model_are_not_judged() -> None:
     assert nodes.why_blind(tp_single_stream_stall.RULE, single(0.025)[:2]) is not None
-    unknown = nodes.each(single(0.025), lambda s: nodes.with_engine(s, model__weights_bytes=Absent(Why.FAILED)))
+    unknown = nodes.each(single(0.025), lambda s: nodes.with_engine(s, model__hidden_size=Absent(Why.FAILED)))
     assert nodes.why_blind(tp_single_stream_stall.RULE, unknown) is not None
 
 

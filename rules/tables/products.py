@@ -21,8 +21,6 @@ class Product(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """As people name it."""
     compute_capability: tuple[int, int]
     memory_mib: int | None = None
-    memory_bandwidth_bytes_per_second: float
-    """The data sheet's."""
     sm_clock_max_mhz: int | None = None
     memory_clock_max_mhz: int | None = None
     wiring: Literal["board", "bridge", "none"]
