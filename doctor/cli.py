@@ -260,11 +260,11 @@ def daemon(
     """Judge this node for ever, and serve /metrics, /healthz and /report."""
     from doctor import daemon
 
-    site = _site(config)
+    site, address = _site(config), daemon.address(listen)
     daemon.run(
         _visits(site, simulate, faults, root, interval=interval),
         _rules(site),
-        listen=daemon.address(listen),
+        listen=address,
         interval_seconds=interval,
         keep_seconds=KEEP_SECONDS,
         version=__version__,

@@ -209,7 +209,7 @@ def _unseen(report: Report, terminal: Terminal) -> Iterator[str]:
     for unseen in report.unseen:
         why = unseen.why.why
         if why is Why.NOT_GIVEN and not unseen.what:
-            not_given.append(FILES[unseen.source])
+            not_given += FILES.get(unseen.source, ())
         elif why is Why.NOT_PRESENT and not unseen.what and unseen.source not in essential:
             gaps.setdefault("not on this node", []).append(unseen)
         elif not unseen.what or why not in EXPECTED_GAPS:

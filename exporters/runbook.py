@@ -10,7 +10,7 @@ from exporters.terminal import Terminal, wrapped
 
 _ITEM = re.compile(r"^(\s*)((?:\d+\.|[-*])\s+)(.*)$")
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
-_STRONG = re.compile(r"\*\*([^*]+)\*\*")
+_EMPHASIS = re.compile(r"(\*{1,2})(?=\S)([^*]+)(?<=\S)\1")
 
 INDENT = "  "
 
@@ -64,4 +64,4 @@ def _laid_out(markdown: str, terminal: Terminal) -> Iterator[str]:
 
 def _words(text: str) -> str:
     text = _LINK.sub(lambda link: link[2] if link[1] in {"", link[2]} else f"{link[1]} ({link[2]})", text)
-    return _STRONG.sub(r"\1", text)
+    return _EMPHASIS.sub(r"\2", text)

@@ -125,7 +125,7 @@ def test_what_nobody_can_change_is_not_listed_as_unseen() -> None:
 
 def test_triage_says_which_files_would_tell_more() -> None:
     screen = " ".join(console.render(reports.pasted_log()).split())
-    assert "`nvidia-smi -q` and `nvidia-smi topo -m`, `dmesg`" in screen
+    assert "`nvidia-smi -q`, `nvidia-smi topo -m`, `dmesg`" in screen
     assert "Not seen" not in screen
 
 
