@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from doctor.rule import AnyRule
 from rules import (
+    application_fault,
     cooling_insufficient,
     driver_unresponsive,
+    engine_crashed,
+    engine_stalled,
+    fp8_not_engaged,
     gpu_lost,
     mig_misconfigured,
+    nccl_timeout,
     nvlink_degraded,
     nvswitch_fabric_fault,
+    out_of_memory_at_startup,
     pcie_fallback,
     power_transient,
+    stack_mismatch,
     tp_single_stream_stall,
 )
 
@@ -19,11 +26,18 @@ RULES: tuple[AnyRule, ...] = (
     pcie_fallback.RULE,
     nvlink_degraded.RULE,
     nvswitch_fabric_fault.RULE,
+    nccl_timeout.RULE,
+    engine_stalled.RULE,
     tp_single_stream_stall.RULE,
+    fp8_not_engaged.RULE,
+    out_of_memory_at_startup.RULE,
     cooling_insufficient.RULE,
     power_transient.RULE,
+    stack_mismatch.RULE,
     mig_misconfigured.RULE,
     gpu_lost.RULE,
     driver_unresponsive.RULE,
+    application_fault.RULE,
+    engine_crashed.RULE,
 )
 """Every rule, explicit, one line a rule; `gpu-doctor rules` lists them in this order."""

@@ -216,6 +216,12 @@ NVML = (
     Signal("nvml-error", "pynvml.NVMLError", r"pynvml\.(?P<type>NVMLError\w*)", kind="other"),
 )  # fmt: skip
 
+LIBRARIES = (
+    Signal("library-mismatch", "undefined symbol: ", r"undefined symbol: (?P<symbol>\S{1,120})", kind="undefined-symbol"),
+    Signal("library-mismatch", "cannot open shared object file", r"(?P<library>lib[\w.+-]+): cannot open shared object file", kind="missing-library"),
+    Signal("library-mismatch", "' not found (required by", r"version `(?P<symbol>[\w.]+)' not found", kind="old-library"),
+)  # fmt: skip
+
 LAUNCH = (
     Signal("launch-error", "must be divisible by tensor parallel size", r"attention heads \((?P<heads>\d+)\) must be divisible by tensor parallel size \((?P<tensor_parallel_size>\d+)\)", kind="heads-indivisible"),
     Signal("launch-error", " is not divisible by ", r"(?:num_heads|num_kv_heads|total_num_heads|attention heads)\D{0,20}(?P<heads>\d+)?.* is not divisible by .*(?:tp_size|tensor parallel)\D*(?P<tensor_parallel_size>\d+)?", kind="heads-indivisible"),
@@ -311,7 +317,7 @@ SIGNALS_OF_PROCESS = (
 )  # fmt: skip
 
 SIGNALS: tuple[Signal, ...] = (
-    *IDENTITY, *ALL_REDUCE, *PRECISION, *MEMORY, *COLLECTIVES, *CUDA, *NVML, *LAUNCH, *NCCL, *LIFE, *SIGNALS_OF_PROCESS,
+    *IDENTITY, *ALL_REDUCE, *PRECISION, *MEMORY, *COLLECTIVES, *CUDA, *NVML, *LIBRARIES, *LAUNCH, *NCCL, *LIFE, *SIGNALS_OF_PROCESS,
 )  # fmt: skip
 """Every row, in the order in which they are tried. Beside them the reader gives `request-served` and `exception`."""
 

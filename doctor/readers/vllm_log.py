@@ -417,7 +417,7 @@ _IDENTITY_SIGNALS = frozenset({"engine-version", "engine-config", "non-default-a
 _BEFORE_RUNNING = frozenset(row.name for row in (*signals.IDENTITY, *signals.ALL_REDUCE, *signals.PRECISION)) | {
     "load-started", "weights-loaded", "kv-cache-memory", "kv-cache-size", "graphs-captured",
 }  # fmt: skip
-_WITH_TRACE = frozenset({"exception", "cuda-error", "cuda-out-of-memory", "nccl-error", "rpc-timeout", "launch-error", "nvml-error"})  # fmt: skip
+_WITH_TRACE = frozenset({"exception", "cuda-error", "cuda-out-of-memory", "nccl-error", "rpc-timeout", "launch-error", "nvml-error", "library-mismatch"})  # fmt: skip
 
 # Access lines of uvicorn end with the answer; with ANSI colours and CRLF too.
 _STATUS = ("200 OK", "404 Not Found", "400 Bad Request", "401 Unauthorized", "422 Unprocessable Entity", "500 Internal Server Error", "503 Service Unavailable")  # fmt: skip

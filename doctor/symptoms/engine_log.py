@@ -41,6 +41,7 @@ _DECISIVE = frozenset(
         "no-kv-blocks",
         "kv-cache-too-small",
         "fp8-kernel-missing",
+        "library-mismatch",
         "nvml-error",
         "nccl-nvls-failed",
         "nccl-shm-failed",

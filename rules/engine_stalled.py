@@ -1,0 +1,105 @@
+"""Requests run and no step advances, while the engine still answers /health."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from doctor.history import History
+from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
+from doctor.snapshot import Source
+from doctor.symptoms.engine_log import EngineLog, engine_logs
+from doctor.symptoms.stalls import Flat, Suspicion, Waits, flat_engines, suspicion, waits
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """When silence is a stall."""
+
+    window_seconds: float = 60.0
+    """Counters must stand still this long. vLLM's own warning interval (VLLM_RINGBUFFER_WARNING_INTERVAL); in live
+    captures of stopped workers the counters stood still from the first second."""
+    waits_min: int = 2
+    """So many waits of 60 s since the last progress; one may be a long compilation."""
+
+
+@rule(
+    "engine-stalled",
+    "Requests run and the engine makes no step",
+    severity=Severity.CRITICAL,
+    needs=(Source.ENGINE_LOG, Source.ENGINE_METRICS),
+    explains=("engine-crashed", "ttft-slow", "throughput-below-reference"),
+    limits=Limits(),
+)
+def RULE(history: History, limits: Limits) -> Iterator[Finding]:
+    """Join the counters that stand still with the processes that say that they wait."""
+    logs = engine_logs(history)
+    flat = {stall.engine: stall for stall in flat_engines(history, limits.window_seconds)}
+    for log in logs:
+        waited = waits(log)
+        stall = flat.pop(log.engine, None)
+        if stall is not None or _is_stall(log, waited, limits):
+            yield _finding(history, log.engine, log, waited, stall)
+    for engine, stall in flat.items():
+        yield _finding(history, engine, None, None, stall)
+
+
+def _is_stall(log: EngineLog, waited: Waits, limits: Limits) -> bool:
+    count = waited.count
+    timed_out = log.incident is not None and bool(log.incident.having("rpc-timeout"))
+    if not count or waited.starting or log.stopped:
+        return False
+    if timed_out:
+        return True
+    if count < limits.waits_min:
+        return False
+    # Before vLLM 0.11 an idle worker waited aloud too; the engine core waits only for an answer that it asked for.
+    core = any(event.process.startswith("EngineCore") for event in waited.events)
+    return core or waited.running is None or waited.running > 0
+
+
+def _finding(
+    history: History, subject: str, log: EngineLog | None, waited: Waits | None, stall: Flat | None
+) -> Finding:
+    engine = next((e for e in history.latest.engines if e.id == subject), None)
+    guess = suspicion(history, engine) if engine is not None else Suspicion("unknown", "")
+    parts: list[str] = []
+    evidence: list[Evidence] = []
+    if stall is not None:
+        parts.append(f"{stall.running:g} requests run and no token or step was counted for {stall.seconds:.0f} s")
+        counters = f"running {stall.running:g}, steps {_shown(stall.steps)}, generated tokens {_shown(stall.tokens)}: unchanged for {stall.seconds:.0f} s"
+        evidence.append(Evidence(Source.ENGINE_METRICS.value, "vllm:iteration_tokens_total_count", counters))
+    if waited is not None and waited.events:
+        names = sorted({event.process for event in waited.events if event.process})
+        who = f" ({', '.join(names[:4])})" if names else ""
+        parts.append(f"processes of the engine{who} have waited for others {waited.count} times a minute or longer")
+        ends = dict.fromkeys((waited.events[0], waited.events[-1]))
+        evidence += [Evidence(Source.ENGINE_LOG.value, event.where, event.text) for event in ends]
+    if log is not None and log.incident is not None and (timeouts := log.incident.having("rpc-timeout")):
+        parts.append(f"until a call timed out ({timeouts[0].where})")
+        evidence.append(Evidence(Source.ENGINE_LOG.value, timeouts[0].where, timeouts[0].text))
+    if guess.text:
+        parts.append(guess.text)
+        evidence.append(Evidence(Source.PROCESSES.value, "ranks and their GPUs", f"{guess.kind}: {guess.text}"))
+    both = stall is not None and waited is not None and bool(waited.events)
+    first_wait = waited.events[0].at if waited is not None and waited.events else None
+    return Finding(
+        summary="The engine makes no step: " + "; ".join(parts),
+        evidence=tuple(evidence),
+        confidence=Confidence.HIGH
+        if both or (stall is not None and guess.kind != "unknown")
+        else _alone(waited, stall),
+        subject=Subject(engine=subject, ranks=guess.ranks, gpus=guess.gpus),
+        since=stall.since if stall is not None else first_wait,
+        facts={"log": log.log} if log is not None else {},
+    )
+
+
+def _alone(waited: Waits | None, stall: Flat | None) -> Confidence:
+    if stall is not None or (waited is not None and waited.serving):
+        return Confidence.MEDIUM
+    return Confidence.LOW
+
+
+def _shown(counter: float | None) -> str:
+    return f"{counter:.0f}" if counter is not None else "unknown"
