@@ -148,7 +148,8 @@ def model_of(config: ModelConfig, quantization: str | None = None) -> Maybe[Mode
     if isinstance(precision, Absent):
         return precision
     model = _Counted(config, precision).model()
-    if known(config.weights_bytes) and quantization is None:
+    as_stored = known(config.quantization_method) or precision.name == "bf16"
+    if known(config.weights_bytes) and as_stored:
         expected = sum(part.bytes for part in model.parts)
         if abs(config.weights_bytes - expected) > FILES_TOLERANCE * expected:
             told, counted = config.weights_bytes / 1e9, expected / 1e9
@@ -344,6 +345,8 @@ class _Ignored:
 
     def holds(self, module: str) -> bool:
         """Whether *module* is left as it was."""
+        if not self.names and not self.patterns:
+            return False
         words = module.split(".")
         runs = (".".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
         return any(run in self.names for run in runs) or any(p.match(module) for p in self.patterns)
