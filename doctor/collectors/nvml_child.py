@@ -318,20 +318,17 @@ class Device:
         return nodes[0] if len(nodes) == 1 else NOT_SUPPORTED
 
     def _memory(self) -> GpuMemory:
-        memory = ask("nvmlDeviceGetMemoryInfo", self.handle, pynvml.nvmlMemory_v2)
-        reserved: Maybe[int] = NOT_SUPPORTED
-        if isinstance(memory, Absent) and memory.why is Why.MISSING_SYMBOL:
-            # Before driver 510 the reserved part counts as used.
-            memory = ask("nvmlDeviceGetMemoryInfo", self.handle)
-        elif known(memory):
-            reserved = memory.reserved
+        # Before driver 510 the reserved part counts as used, and is not told.
+        memory = first_known(
+            ("nvmlDeviceGetMemoryInfo", self.handle, pynvml.nvmlMemory_v2), ("nvmlDeviceGetMemoryInfo", self.handle)
+        )
         bar1 = self._ask("nvmlDeviceGetBAR1MemoryInfo")
         no_memory, no_bar1 = isinstance(memory, Absent), isinstance(bar1, Absent)
         return GpuMemory(
             total_bytes=memory if no_memory else memory.total,
             used_bytes=memory if no_memory else memory.used,
             free_bytes=memory if no_memory else memory.free,
-            reserved_bytes=reserved,
+            reserved_bytes=memory if no_memory else getattr(memory, "reserved", NOT_SUPPORTED),
             bar1_total_bytes=bar1 if no_bar1 else bar1.bar1Total,
             bar1_used_bytes=bar1 if no_bar1 else bar1.bar1Used,
         )
