@@ -10,8 +10,10 @@ import msgspec
 from doctor.readers import fabric_manager_log
 from doctor.snapshot import Absent, FabricManager, Maybe, Why
 
-_UNIT = re.compile(r"^(?:[●○×*↻] )?nvidia-fabricmanager\.service(?: - .*)?$", re.MULTILINE)
+_UNIT = re.compile(r"^(?:(\S{1,3}) )?nvidia-fabricmanager\.service(?: - .*)?$", re.MULTILINE)
 _NO_UNIT = re.compile(r"^Unit nvidia-fabricmanager\.service could not be found", re.MULTILINE)
+_SYMBOLS = {"×": "failed", "○": "inactive"}
+"""What the sign before the name says; `●` is both active and, before systemd 249, failed."""
 _ACTIVE = re.compile(r"^\s+Active: ([a-z-]+)", re.MULTILINE)
 _MAIN = re.compile(r"^\s+Main PID: \d+ (?:\(nv-fabricmanage)?", re.MULTILINE)
 _EXITED = re.compile(r"^\s+Main PID: \d+ \(code=", re.MULTILINE)
@@ -38,11 +40,14 @@ def read(text: str, name: str = "systemctl status", first_line: int = 1) -> Fabr
     """Return what the status says; `not-present` where there is no such unit."""
     if _NO_UNIT.search(text):
         return FabricManager(unit_state=Absent(Why.NOT_PRESENT, "there is no unit nvidia-fabricmanager"), running=False)
-    active = _ACTIVE.search(text)
-    state: Maybe[str] = active[1] if active else Absent(Why.NOT_GIVEN, "the status is cut")
-    running: Maybe[bool] = Absent(Why.NOT_GIVEN, "the status is cut")
-    if active:
-        running = _MAIN.search(text) is not None and _EXITED.search(text) is None and active[1] == "active"
+    unit, active = _UNIT.search(text), _ACTIVE.search(text)
+    word = active[1] if active else _SYMBOLS.get(unit[1] or "") if unit else None
+    if word is None:
+        state: Maybe[str] = Absent(Why.NOT_GIVEN, "the status is cut")
+        running: Maybe[bool] = state
+    else:
+        state = word
+        running = word == "active" and _MAIN.search(text) is not None and _EXITED.search(text) is None
     version = fabric_manager_log.version(text)
     return FabricManager(
         unit_state=state,

@@ -1,0 +1,715 @@
+"""Pasted evidence: any mix of files in, what they show of a node out.
+
+What a file is, is told by what stands in it, never by its name; one file may hold several things, a bug report say.
+Files are streamed: documents (a topology, `nvidia-smi -q`, collect-env, …) are cut out of the text, and what is left goes
+to the readers of logs.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, TypeVar, cast
+
+import msgspec
+
+from doctor.collectors.redaction import command_line_without_secrets, environment_without_secrets
+from doctor.feeds import recording
+from doctor.readers import (
+    collect_env,
+    command_line,
+    fabric_manager_log,
+    kernel_log,
+    lspci,
+    model_config,
+    nvidia_smi_list,
+    nvidia_smi_q,
+    nvidia_smi_table,
+    systemctl_status,
+    topo_matrix,
+    vllm_metrics,
+)
+from doctor.readers.vllm_log import LogReader
+from doctor.snapshot import (
+    Absent,
+    Engine,
+    EngineEvent,
+    EngineFlags,
+    EngineMetrics,
+    EngineStack,
+    FabricManager,
+    FabricMessage,
+    Gpu,
+    GpuPair,
+    Host,
+    KernelEvent,
+    LogState,
+    Maybe,
+    ModelConfig,
+    NvidiaMessage,
+    NvLink,
+    PciDevice,
+    Snapshot,
+    Source,
+    Stack,
+    Unseen,
+    Why,
+    known,
+    or_none,
+)
+
+FIRST_BYTES = 16 << 20
+"""Read at once from the beginning of a file: a bug report with all its documents fits."""
+
+CHUNK_BYTES = 4 << 20
+"""Read at once from there on."""
+
+PART_MAX_BYTES = 256 << 10
+"""In a larger file a part of `nvidia-smi -q` without its heading is not looked for."""
+
+KERNEL_EVENTS_MAX = 4000
+"""Kernel events kept of one file; of further ones only those of the end."""
+
+FABRIC_MESSAGES_MAX = 1000
+"""Messages of the fabric manager kept of one file."""
+
+DOCUMENTS_MAX = 256
+"""Documents of one kind taken from one piece of a file: a day of `nvidia-smi -q` every five minutes."""
+
+DAY_SECONDS = 86400.0
+
+
+class EvidenceError(Exception):
+    """A file can't be used; the message names it and says why."""
+
+
+def read(paths: Sequence[Path], *, now: float) -> Iterator[Snapshot]:
+    """Yield what the files show: one visit, or one for each `nvidia-smi -q` of another time, oldest first.
+
+    A visit's time is the newest stamp in the evidence, else *now*, Unix seconds. Stamps without a zone are taken for UTC.
+    A single recording is replayed. Raises EvidenceError.
+    """
+    if len(paths) == 1 and _is_recording(paths[0]):
+        try:
+            yield from recording.read(paths[0])
+        except recording.RecordingError as e:
+            raise EvidenceError(str(e)) from e
+        return
+    gathered = _Gathered(now)
+    names = [path.name for path in paths]
+    for path in paths:
+        name = path.name if names.count(path.name) == 1 else str(path)
+        if not gathered.take(path, name):
+            msg = f"{path}: nothing in it is evidence that this program reads: {READABLE}"
+            raise EvidenceError(msg)
+    yield from gathered.visits()
+
+
+READABLE = (
+    "an engine's log, its /metrics page or command line, collect-env, config.json, dmesg or the journal, nvidia-smi "
+    "(-q, topo -m, nvlink -s, -L), lspci -nn, the fabric manager's log or state"
+)
+
+
+def kinds(path: Path, *, now: float) -> tuple[str, ...]:
+    """Return what a file was taken for, in the words of the readers, sorted. Raises EvidenceError."""
+    gathered = _Gathered(now)
+    gathered.take(path, path.name)
+    return tuple(sorted(gathered.kinds))
+
+
+# Files.
+
+_COMPRESSED = (
+    (b"\xfd7zXZ\x00", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"BZh", "bzip2"),
+    (b"PK\x03\x04", "zip"),
+)
+
+_TEXT_SAMPLE_BYTES = 64 << 10
+_UTF_16 = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed if it is a gzip file. Raises EvidenceError."""
+    try:
+        if path.is_dir():
+            msg = f"{path}: is a directory: name the files in it"
+            raise EvidenceError(msg)
+        raw = path.open("rb")
+        magic = raw.peek(6)[:6]
+    except OSError as e:
+        msg = f"{path}: can't be read: {e.strerror or e}"
+        raise EvidenceError(msg) from e
+    for signature, program in _COMPRESSED:
+        if magic.startswith(signature):
+            raw.close()
+            msg = f"{path}: is compressed with {program}: decompress it first"
+            raise EvidenceError(msg)
+    return cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if magic.startswith(b"\x1f\x8b") else raw
+
+
+def _is_recording(path: Path) -> bool:
+    with _opened(path) as file:
+        return _read(file, 512, path).startswith(b'{"recording":')
+
+
+def _read(file: BinaryIO, size: int, path: Path) -> bytes:
+    try:
+        return file.read(size)
+    except (OSError, EOFError, ValueError) as e:  # a gzip file that is cut or damaged, too
+        reason = (e.strerror if isinstance(e, OSError) else None) or str(e)
+        msg = f"{path}: can't be read to its end: {reason}"
+        raise EvidenceError(msg) from e
+
+
+def _is_binary(data: bytes) -> bool:
+    sample = data[: 1 << 20].strip(b"\0")[:_TEXT_SAMPLE_BYTES]  # a log that was truncated while open begins with zeros
+    if not sample:
+        return True
+    control = len(sample.translate(None, bytes(range(0x20, 0x100)) + b"\t\n\r\x0b\x0c\x1b\x08"))
+    strange = sample.decode("utf-8", "replace").count("�")
+    # guess: a twentieth of the bytes. Logs hold a stray byte here and there, no program writes one so dense.
+    return control > len(sample) / 20 or strange > len(sample) / 20
+
+
+# Documents: what is cut out of a text before the logs are read.
+
+_Spans = Iterator[tuple[int, int]]
+
+
+class _Kind(msgspec.Struct, frozen=True):
+    """A kind of document."""
+
+    name: str
+    anchors: tuple[bytes, ...]
+    """No document of this kind is without one of them; they are cheap to look for."""
+    find: Callable[[str], _Spans]
+
+
+def _commands(text: str) -> _Spans:
+    return command_line.find(text.encode("latin-1", "replace"))
+
+
+def _pages(text: str) -> _Spans:
+    return vllm_metrics.find(text.encode("latin-1", "replace"))
+
+
+def _matches(pattern: str) -> Callable[[str], _Spans]:
+    compiled = re.compile(pattern, re.MULTILINE)
+    return lambda text: (match.span() for match in compiled.finditer(text))
+
+
+_KINDS = (
+    _Kind("collect-env", (b"PyTorch version", b"System Info"), collect_env.find),
+    _Kind(
+        "smi-q", (b"NVSMI LOG", b"\nGPU 0", b"    Temperature", b"    Fabric", b"device handle for"), nvidia_smi_q.find
+    ),
+    _Kind("topo", (b"GPU0",), topo_matrix.find),
+    _Kind("smi-table", (b"| NVIDIA-SMI ",), nvidia_smi_table.find),
+    _Kind("smi-list", (b"(UUID: ",), nvidia_smi_list.find),
+    _Kind("lspci", (b"[10de:",), lspci.find),
+    _Kind("engine-metrics", (b"# HELP ", b"# TYPE ", b"vllm:"), _pages),
+    _Kind("fabricmanager-status", (b"nvidia-fabricmanager.service",), systemctl_status.find),
+    _Kind(
+        "command-line",
+        (
+            b"vllm serve",
+            b"-m vllm.",
+            b"sglang",
+            b"trtllm-serve",
+            b"text-generation-launcher",
+            b"llama-server",
+            b"vllm-openai",
+        ),
+        _commands,
+    ),
+    _Kind(
+        "smi-help",
+        (b'"--query-gpu"',),
+        _matches(r'^List of valid properties to query for the switch "--query-gpu(?:.*\n)*'),
+    ),
+    _Kind(
+        "smi-csv",
+        (b"gpu_uuid", b"gpu_name", b"index, ", b"utilization.gpu"),
+        _matches(r"^(?:timestamp|index|name|gpu_\w+|uuid), \S.*\n(?:[^\n]*, [^\n]*\n?)*"),
+    ),
+    _Kind("dmon", (b"# gpu ",), _matches(r"^# gpu +(?:\w+ +)+\n(?:(?:#|\s+\d)[^\n]*\n?)*")),
+    _Kind("dcgm", (b"Overall Health",), _matches(r"^\|[^\n]*Overall Health[^\n]*\n(?:[|+][^\n]*\n?)*")),
+    _Kind("gpud", (b"fabric state: GPU ",), _matches(r"^.*\bfabric state: GPU \S+: state=[^\n]*")),
+)
+"""In the order in which they are cut out: a collect-env holds a topology."""
+
+_UNREAD = {
+    "smi-help": "nvidia-smi --help",
+    "smi-csv": "nvidia-smi --query",
+    "dmon": "nvidia-smi dmon",
+    "dcgm": "dcgmi health",
+    "gpud": "gpud",
+}
+"""Known, and of no use to any symptom yet: kind → the program."""
+
+_LONG_LINE = re.compile(rb"[^\n]{16384}")
+"""No document has lines this long; text that does is left to the readers of logs, which are bounded."""
+
+_ENGINE_RECORD = re.compile(
+    rb"(?:INFO|WARNING|ERROR|DEBUG|CRITICAL) \d\d-\d\d[ T]\d\d:\d\d:\d\d|^(?:INFO|WARNING|ERROR): {2,}"
+    rb"|Traceback \(most recent call last\)|\"levelname\": ?\"",
+    re.MULTILINE,
+)
+"""Records of vLLM and of its web server, and what Python prints when it fails."""
+
+_ENGINE_TRACE = re.compile(
+    rb"NCCL (?:INFO|WARN|ERROR)|ProcessGroupNCCL|\[rank\d+\]|CUDA error|CUDA out of memory|Failed to initialize NVML"
+    rb"|^\w*(?:Error|Exception): ",
+    re.MULTILINE,
+)
+"""What an excerpt shows of an engine that has none of its records."""
+
+_FABRIC_LINE = re.compile(
+    rb"^[^\n]*(?:\] \[tid \d+\]|nv-fabricmanager\[|nvidia-fabricmanager\.service:|Fabric Manager version)[^\n]*$",
+    re.MULTILINE,
+)
+
+
+class _Gathered:
+    """What the files hold so far."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+        self.kinds: set[str] = set()
+        self.reports: list[nvidia_smi_q.SmiReport] = []
+        self.listed: list[tuple[Gpu, ...]] = []
+        self.matrices: list[topo_matrix.TopoMatrix] = []
+        self.environments: list[collect_env.Environment] = []
+        self.commands: list[command_line.CommandLine] = []
+        self.models: list[ModelConfig] = []
+        self.metrics: list[tuple[str, EngineMetrics]] = []
+        self.pci: list[PciDevice] = []
+        self.manager = FabricManager()
+        self.kernel: list[KernelEvent] = []
+        self.events: list[EngineEvent] = []
+        self.logs: list[LogState] = []
+        self.stamps: list[float] = []
+        self.unread: list[str] = []
+
+    def take(self, path: Path, name: str) -> bool:
+        """Take what the file holds, and return whether it holds anything. Raises EvidenceError."""
+        before = len(self.kinds)
+        found = self.kinds
+        self.kinds = set()
+        with _opened(path) as file:
+            first = _read(file, FIRST_BYTES, path)
+            if not first:
+                msg = f"{path}: the file is empty"
+                raise EvidenceError(msg)
+            if first.startswith(b'{"recording":'):
+                msg = f"{path}: is a recording; a recording is judged by itself: gpu-doctor check --replay {path}"
+                raise EvidenceError(msg)
+            coding = _UTF_16.get(first[:2])
+            if coding:  # PowerShell writes so
+                first = first.decode(coding, "replace").encode()
+            elif _is_binary(first):
+                msg = f"{path}: is not text"
+                raise EvidenceError(msg)
+            self._text(file, first, path, name)
+        mine, self.kinds = self.kinds, found | self.kinds
+        return bool(mine) or len(self.kinds) > before
+
+    def _text(self, file: BinaryIO, first: bytes, path: Path, name: str) -> None:
+        if len(first) < FIRST_BYTES and model_config.recognises(first):
+            self._model(first)
+            return
+        data = self._without_documents(first, name)
+        is_kernel = kernel_log.recognises(data)
+        is_engine = _ENGINE_RECORD.search(data) is not None or (
+            not is_kernel and _ENGINE_TRACE.search(data) is not None
+        )
+        kernel = kernel_log.KernelLogReader(name, now=self.now)
+        engine = LogReader(name)
+        events: list[KernelEvent] = []
+        position = len(first)
+        goes_on = True
+        while goes_on:
+            following = _read(file, CHUNK_BYTES, path)
+            goes_on = bool(following)
+            if is_kernel or not is_engine or not goes_on or position == len(first):
+                events = _bounded([*events, *kernel.feed(data)])
+            elif kernel.lines:
+                # A busy engine log is read at the speed of the disk: the kernel is looked for at its two ends only.
+                events = _bounded([*events, *kernel.finish()])
+                kernel = kernel_log.KernelLogReader(f"{name} (last part)", now=self.now)
+            if is_engine or not is_kernel:
+                engine.feed(data, self.now)
+            position += len(following)
+            data = following if is_engine and not is_kernel else self._without_documents(following, name)
+        self._kernel(_bounded([*events, *kernel.finish()]), kernel, is_kernel=is_kernel)
+        self._engine(engine, is_engine=is_engine)
+
+    def _kernel(self, events: list[KernelEvent], reader: kernel_log.KernelLogReader, *, is_kernel: bool) -> None:
+        if is_kernel or events:
+            self.kinds.add("kernel-log")
+            self.kernel += kernel_log.with_boots_marked(events)
+            if reader.last_at is not None:
+                self.stamps.append(reader.last_at)
+
+    def _engine(self, reader: LogReader, *, is_engine: bool) -> None:
+        reading = reader.finish()
+        if is_engine or reading.events:
+            self.kinds.add("engine-log")
+            self.events += reading.events
+            self.logs.append(reading.state)
+            if reading.state.last_at is not None:
+                self.stamps.append(reading.state.last_at)
+
+    def _model(self, text: bytes) -> None:
+        model = model_config.read(text)
+        if model is not None:
+            self.kinds.add("model-config")
+            self.models.append(model)
+
+    def _without_documents(self, data: bytes, name: str) -> bytes:
+        """Take the documents out of *data*, and return it with blank lines in their place."""
+        if _LONG_LINE.search(data):
+            self._fabric_manager(data, name)
+            return data
+        rest = bytearray(data)
+        for kind in _KINDS:
+            if not any(anchor in rest for anchor in kind.anchors) or (
+                kind.name == "smi-q" and not _may_hold_report(data)
+            ):
+                continue
+            text = rest.decode("latin-1")  # one character a byte: places in the text are places in the data
+            for start, end in itertools.islice(kind.find(text), DOCUMENTS_MAX):
+                line = rest.count(b"\n", 0, start) + 1
+                if self._document(kind.name, data[start:end].decode("utf-8", "replace"), name, line):
+                    self.kinds.add(kind.name)
+                    rest[start:end] = data[start:end].translate(_BLANK)
+        self._fabric_manager(bytes(rest), name)
+        return bytes(rest)
+
+    def _document(self, kind: str, text: str, name: str, line: int) -> bool:
+        """Take one document, and return whether its reader found anything in it."""
+        if kind in _UNREAD:
+            self.unread.append(f"{name}:{line}: what {_UNREAD[kind]} prints is not used")
+        elif kind == "collect-env":
+            environment = collect_env.read(text)
+            self.environments.append(environment)
+            if environment.topology is not None:
+                self.kinds.add("topo")
+        elif kind == "topo":
+            matrix = topo_matrix.read(text)
+            if matrix is None:
+                return False
+            self.matrices.append(matrix)
+        elif kind in {"smi-q", "smi-table"}:
+            report = (nvidia_smi_q if kind == "smi-q" else nvidia_smi_table).read(text)
+            if not report.gpus and not known(report.stack.driver):
+                return False
+            self.reports.append(report)
+        elif kind == "smi-list":
+            self.listed.append(nvidia_smi_list.read(text))
+        elif kind == "lspci":
+            self.pci += lspci.read(text)
+        elif kind == "engine-metrics":
+            page = vllm_metrics.read(text, engine=name, at=self.now)
+            if page is None:
+                return False
+            self.metrics.append((name, page))
+        elif kind == "fabricmanager-status":
+            status = systemctl_status.read(text, name, line)
+            self.manager = systemctl_status.with_more(self.manager, status)
+        elif kind == "command-line":
+            command = command_line.read_shell(text)
+            if command is None:
+                return False
+            self.commands.append(command)
+        return True
+
+    def _fabric_manager(self, data: bytes, name: str) -> None:
+        if not any(anchor in data for anchor in (b"abricmanager", b"Fabric Manager", b"[tid ")):
+            return
+        lines = [(match.start(), match[0]) for match in _FABRIC_LINE.finditer(data)]
+        if not lines:
+            return
+        self.kinds.add("fabricmanager")
+        messages: list[FabricMessage] = []
+        number, counted = 1, 0
+        for start, line in lines:
+            number += data.count(b"\n", counted, start)
+            counted = start
+            text = line.decode("utf-8", "replace")
+            messages += fabric_manager_log.read(text, name, first_line=number)
+        version = fabric_manager_log.version(data.decode("latin-1"))
+        more = FabricManager(
+            unit_state=_NOT_GIVEN,
+            running=_NOT_GIVEN,
+            version=version or _NOT_GIVEN,
+            messages=tuple(messages[-FABRIC_MESSAGES_MAX:]),
+        )
+        self.manager = systemctl_status.with_more(self.manager, more)
+        self.stamps += [message.at for message in messages if message.at is not None]
+
+    # What it comes to.
+
+    def visits(self) -> Iterator[Snapshot]:
+        """Yield the visits that the evidence amounts to, oldest first; everything but GPU states is in the last."""
+        stamps = [
+            at
+            for at in (*self.stamps, *(r.at for r in self.reports if r.at is not None))
+            if at <= self.now + DAY_SECONDS
+        ]
+        at = max(stamps, default=self.now)
+        times = sorted({report.at for report in self.reports if report.at is not None and report.at <= at})
+        for time in times[:-1]:
+            gpus = self._gpus(time)
+            yield Snapshot(
+                at=time,
+                seen=(Source.NVML,),
+                unseen=self._unseen({Source.NVML}),
+                gpus=gpus,
+                pairs=self._pairs(gpus),
+                stack=self._stack(),
+            )
+        yield self._last_visit(at, self._gpus(times[-1] if times else None))
+
+    def _last_visit(self, at: float, gpus: tuple[Gpu, ...]) -> Snapshot:
+        engines = self._engines(gpus)
+        host = self._host()
+        seen = self._seen()
+        return Snapshot(
+            at=at,
+            seen=tuple(source for source in Source if source in seen),
+            unseen=self._unseen(seen),
+            gpus=gpus,
+            pairs=self._pairs(gpus),
+            kernel=tuple(self.kernel),
+            engines=engines,
+            engine_events=tuple(self.events),
+            logs=tuple(self.logs),
+            metrics=self._metrics(at, engines),
+            stack=self._stack(),
+            fabric_manager=self.manager,
+            host=host,
+        )
+
+    def _gpus(self, time: float | None) -> tuple[Gpu, ...]:
+        """Return the GPUs as all files together show them; of several states the one at *time*, the last of no time."""
+        dated = [report.gpus for report in self.reports if report.at == time]
+        undated = [report.gpus for report in reversed(self.reports) if report.at is None and time is not None]
+        sources = (*reversed(dated), *undated, *self.listed, *(environment.gpus for environment in self.environments))
+        merged: dict[int, Gpu] = {}
+        for gpus in sources:
+            for gpu in gpus:
+                known_so_far = merged.get(gpu.index)
+                merged[gpu.index] = gpu if known_so_far is None else _joined_gpu(known_so_far, gpu)
+        for index in {index for matrix in self._all_matrices() for index in matrix.gpus} - merged.keys():
+            merged[index] = Gpu(uuid=f"index:{index}", index=index)
+        return _with_device_ids(tuple(merged[index] for index in sorted(merged)), self.pci)
+
+    def _all_matrices(self) -> Iterator[topo_matrix.TopoMatrix]:
+        yield from self.matrices
+        yield from (e.topology for e in self.environments if e.topology is not None)
+
+    def _pairs(self, gpus: tuple[Gpu, ...]) -> tuple[GpuPair, ...]:
+        uuids = {gpu.index: gpu.uuid for gpu in gpus}
+        pairs: dict[tuple[str, str], GpuPair] = {}
+        for matrix in self._all_matrices():
+            for pair in matrix.pairs(uuids):
+                pairs.setdefault((pair.first, pair.second), pair)
+        return tuple(pairs.values())
+
+    def _stack(self) -> Stack:
+        stack = Stack()
+        for more in (*(r.stack for r in self.reports), *(e.stack for e in self.environments)):
+            stack = _joined(stack, more)
+        return stack
+
+    def _host(self) -> Host:
+        loaded = [
+            version[1]
+            for event in self.kernel
+            if isinstance(event, NvidiaMessage) and event.kind == "module-loaded" and not event.before_boot
+            for version in _MODULE_VERSION.finditer(event.text)
+        ]
+        machines = [e.virtual_machine for e in self.environments if known(e.virtual_machine)]
+        return Host(
+            pci_devices=tuple(self.pci) if self.pci else _NOT_GIVEN,
+            driver_module=loaded[-1] if loaded else _NOT_GIVEN,
+            virtual_machine=machines[-1] if machines else _NOT_GIVEN,
+        )
+
+    def _engines(self, gpus: tuple[Gpu, ...]) -> tuple[Engine, ...]:
+        """Return the engines that a command line or a collect-env speaks of.
+
+        They have no process: their pids are 0, 1, … A command that stands twice for one port counts as it stands last.
+        """
+        installed = next((e for e in reversed(self.environments) if known(e.engine_stack.engine)), None)
+        by_port = {(command.kind, or_none(command.flags.port)): command for command in self.commands}
+        commands: list[command_line.CommandLine | None] = [*by_port.values()] or ([None] if installed else [])
+        only = len(commands) == 1
+        engines: list[Engine] = []
+        for pid, command in enumerate(commands):
+            kind = command.kind if command else "vllm"
+            stack = installed.engine_stack if installed and kind == "vllm" else EngineStack()
+            variables = {**(installed.environment if installed else {}), **(command.environment if command else {})}
+            environment = environment_without_secrets(variables)
+            engines.append(
+                Engine(
+                    pid=pid,
+                    started_at=0.0,
+                    kind=kind,
+                    command_line=command_line_without_secrets(command.arguments) if command else (),
+                    environment=environment,
+                    flags=command.flags if command else EngineFlags(),
+                    visible_gpus=_visible(environment, gpus),
+                    stack=stack,
+                    model=self.models[-1] if self.models else ModelConfig(),
+                    log=self.logs[0].log if only and self.logs else _NOT_GIVEN,
+                )
+            )
+        return tuple(engines)
+
+    def _metrics(self, at: float, engines: tuple[Engine, ...]) -> tuple[EngineMetrics, ...]:
+        """Return the last page of each model: nothing tells when the earlier ones were fetched, so they give no rates."""
+        pages = {or_none(page.model): (name, page) for name, page in self.metrics}
+        whose = (
+            engines[0].id if len(engines) == 1 else self.logs[0].log if len(self.logs) == 1 and not engines else None
+        )
+        only = whose if len(pages) == 1 else None
+        return tuple(msgspec.structs.replace(page, at=at, engine=only or name) for name, page in pages.values())
+
+    def _seen(self) -> set[Source]:
+        seen = {source for kind, source in _SOURCES.items() if kind in self.kinds}
+        if any(known(value) for value in (self._stack().driver, self._stack().cuda_driver)):
+            seen.add(Source.STACK)
+        return seen
+
+    def _unseen(self, seen: set[Source]) -> tuple[Unseen, ...]:
+        unseen = [Unseen(source, Absent(Why.NOT_GIVEN, _REMEDIES[source])) for source in Source if source not in seen]
+        if Source.NVML in seen and "smi-q" not in self.kinds:
+            unseen.append(Unseen(Source.NVML, Absent(Why.NOT_GIVEN, "add nvidia-smi -q"), "states of the GPUs"))
+        if Source.HOST in seen:
+            unseen.append(Unseen(Source.HOST, _NOT_GIVEN, "all but the PCI devices"))
+        unseen += [Unseen(Source.NVML, Absent(Why.NOT_ASKED, detail), "a file") for detail in self.unread]
+        return tuple(unseen)
+
+
+_NOT_GIVEN = Absent(Why.NOT_GIVEN)
+
+_SOURCES = {
+    "smi-q": Source.NVML,
+    "smi-table": Source.NVML,
+    "smi-list": Source.NVML,
+    "topo": Source.NVML,
+    "kernel-log": Source.KERNEL_LOG,
+    "engine-log": Source.ENGINE_LOG,
+    "engine-metrics": Source.ENGINE_METRICS,
+    "model-config": Source.MODEL,
+    "fabricmanager": Source.FABRIC_MANAGER,
+    "fabricmanager-status": Source.FABRIC_MANAGER,
+    "lspci": Source.HOST,
+}
+"""Kind of document → what it is evidence of."""
+
+_REMEDIES = {
+    Source.NVML: "add the output of nvidia-smi -q and nvidia-smi topo -m",
+    Source.KERNEL_LOG: "add the output of dmesg -T or journalctl -k",
+    Source.PROCESSES: "a list of processes is not among the evidence",
+    Source.ENGINE_LOG: "add the engine's log",
+    Source.ENGINE_METRICS: "add the engine's /metrics page",
+    Source.STACK: "add the output of vllm collect-env",
+    Source.MODEL: "add the model's config.json",
+    Source.FABRIC_MANAGER: "add /var/log/fabricmanager.log or systemctl status nvidia-fabricmanager",
+    Source.HOST: "add the output of lspci -nn",
+}
+
+_MODULE_VERSION = re.compile(r"Kernel Module(?: for \S+)? +(\d+(?:\.\d+)+)")
+
+
+_BLANK = bytes(10 if byte == 10 else 32 for byte in range(256))
+"""Keeps the lines, and nothing in them."""
+
+
+def _may_hold_report(data: bytes) -> bool:
+    return b"NVSMI LOG" in data or b"device handle for" in data or len(data) <= PART_MAX_BYTES
+
+
+def _bounded(events: list[KernelEvent]) -> list[KernelEvent]:
+    """Return the events, of too many those of the beginning and of the end: the cause, and what is now."""
+    half = KERNEL_EVENTS_MAX // 2
+    return events if len(events) <= KERNEL_EVENTS_MAX else events[:half] + events[-half:]
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+_UNTOLD = {Why.NOT_ASKED, Why.NOT_GIVEN}
+
+
+def _joined(mine: S, more: S) -> S:
+    """Return *mine* with what it does not tell and *more* does."""
+    changes: dict[str, object] = {}
+    for field in mine.__struct_fields__:
+        value, other = cast("object", getattr(mine, field)), cast("object", getattr(more, field))
+        if isinstance(value, Absent):
+            if value.why in _UNTOLD and not (isinstance(other, Absent) and other.why in _UNTOLD):
+                changes[field] = other
+        elif isinstance(value, msgspec.Struct) and type(value) is type(other):
+            changes[field] = _joined(value, cast("msgspec.Struct", other))
+    return msgspec.structs.replace(mine, **changes)
+
+
+def _joined_gpu(mine: Gpu, more: Gpu) -> Gpu:
+    joined = _joined(mine, more)
+    changes: dict[str, object] = {}
+    if mine.uuid.startswith("index:"):
+        changes["uuid"] = more.uuid
+    if known(mine.links) and known(more.links):
+        changes["links"] = _joined_links(mine.links, more.links)
+    if known(mine.mig.devices) and known(more.mig.devices) and len(mine.mig.devices) == len(more.mig.devices):
+        devices = tuple(_joined(one, other) for one, other in zip(mine.mig.devices, more.mig.devices, strict=True))
+        named = tuple(
+            msgspec.structs.replace(one, uuid=other.uuid) if one.uuid.startswith("index:") else one
+            for one, other in zip(devices, more.mig.devices, strict=True)
+        )
+        changes["mig"] = msgspec.structs.replace(joined.mig, devices=named)
+    return msgspec.structs.replace(joined, **changes)
+
+
+def _joined_links(mine: tuple[NvLink, ...], more: tuple[NvLink, ...]) -> tuple[NvLink, ...]:
+    others = {link.link: link for link in more}
+    joined = {link.link: _joined(link, others[link.link]) if link.link in others else link for link in mine}
+    return tuple(link for _, link in sorted({**others, **joined}.items()))
+
+
+def _with_device_ids(gpus: tuple[Gpu, ...], devices: Sequence[PciDevice]) -> tuple[Gpu, ...]:
+    """Return the GPUs with their device ids as lspci tells them: by address, or where all GPUs there are alike."""
+    by_address = {device.address: device.device_id for device in devices if device.kind == "gpu"}
+    ids = set(by_address.values())
+    alike = ids.pop() if len(ids) == 1 and len(by_address) == len(gpus) else None
+    whole: list[Gpu] = []
+    for gpu in gpus:
+        own = by_address.get(gpu.pci_address) if known(gpu.pci_address) else alike
+        whole.append(msgspec.structs.replace(gpu, pci_device_id=own) if own and not known(gpu.pci_device_id) else gpu)
+    return tuple(whole)
+
+
+def _visible(environment: Mapping[str, str], gpus: tuple[Gpu, ...]) -> Maybe[tuple[str, ...]]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves."""
+    wanted = environment.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None or not gpus:
+        return _NOT_GIVEN
+    uuids = {str(gpu.index): gpu.uuid for gpu in gpus}
+    visible: list[str] = []
+    for name in (part.strip() for part in wanted.split(",")):
+        uuid = uuids.get(name) or next(
+            (u for u in uuids.values() if name and u.startswith(name) and not name.isdigit()), None
+        )
+        if uuid is None:  # as CUDA does: the first name that is none ends the list
+            break
+        visible.append(uuid)
+    return tuple(visible)
