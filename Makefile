@@ -16,6 +16,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate.py
+
 $(VENV)/bin/python:
 	@sh packaging/make-venv.sh "$(PYTHON)" "$(VENV)"
 

@@ -5,6 +5,7 @@ Rooms are imported inside the commands that need them, so that `--help` answers 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -33,6 +34,19 @@ INTERRUPTED = 130
 """As a shell says of a program that SIGINT ended."""
 BROKEN_PIPE = 141
 """As a shell says of a program that SIGPIPE ended."""
+
+
+class Seconds(click.FloatRange):
+    """A span of time: a finite number of seconds."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return it as a number."""
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is no span of time.", param, ctx)
+        return seconds
 
 
 class FrontDoor(click.Group):
@@ -147,7 +161,7 @@ def cli() -> None:
 @click.option(
     "--for",
     "seconds",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=CHECK_SECONDS,
     metavar="SECONDS",
     show_default=True,
@@ -184,7 +198,7 @@ def check(
 @click.option(
     "--for",
     "seconds",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=60.0,
     metavar="SECONDS",
     show_default=True,
@@ -241,7 +255,7 @@ def triage(ctx: click.Context, files: tuple[Path, ...], config: Path | None, for
 )
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1),
+    type=Seconds(min=0.1),
     default=15.0,
     metavar="SECONDS",
     show_default=True,

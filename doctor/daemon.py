@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from doctor.diagnose import watch
 from doctor.report import Report, ReportedFinding
@@ -277,7 +277,7 @@ class _Requests(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, "application/json", json_report.render(report))
 
     def _send(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
-        zipped = "gzip" in self.headers.get("Accept-Encoding", "")
+        zipped = gzip_accepted(self.headers.get("Accept-Encoding", ""))
         body = gzip.compress(body, compresslevel=1) if zipped else body
         self.send_response(status)
         self.send_header("Content-Type", content_type)

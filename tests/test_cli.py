@@ -147,6 +147,12 @@ def test_wrong_use_is_clicks_own_error() -> None:
     assert "it needs --simulate" in alone.stderr
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "soon"])
+def test_what_is_no_span_of_time_is_wrong_use(seconds: str) -> None:
+    assert run("check", "--for", seconds).exit_code == 2
+    assert run("daemon", "--interval", seconds).exit_code == 2
+
+
 def test_an_unknown_profile_or_fault_is_named() -> None:
     assert "'hgx-h900-8' is no profile; there are hgx-h100-8, " in refused(run("check", "--simulate", "hgx-h900-8"))
     assert "'sleepy' is no fault" in refused(run("check", "--simulate", "hgx-h100-8", "--fault", "sleepy"))
@@ -332,13 +338,14 @@ def test_a_locale_without_these_characters_gets_others_and_no_error() -> None:
     assert "8? H100 SXM" in done.stdout
 
 
-def test_ctrl_c_is_quiet_and_leaves_no_child() -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_is_quiet_and_leaves_no_child(end: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "doctor", "check", "--simulate", "l40s-4", "--for", "60"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     time.sleep(3.0)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, end)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, "", "")
     with pytest.raises(ProcessLookupError):
