@@ -634,7 +634,8 @@ def test_the_flags_of_an_engine_count() -> None:
 @pytest.mark.parametrize(
     ("snapshot", "of", "gpus", "words"),
     [
-        (node(), engine(), "", "which GPUs"),
+        (node(), engine(), "", "which GPUs the engine's 1 ranks"),
+        (node(), engine(tensor_parallel_size=8), "abcd", "which GPUs the engine's 8 ranks"),
         (node(), engine(), "ax", "GPU x was not seen"),
         (node("10de:1eb8"), engine(), "ab", "10de:1eb8"),
         (node(), engine(pipeline_parallel_size=2), "ab", "pipeline"),
@@ -646,6 +647,23 @@ def test_an_engine_that_can_not_be_reckoned_says_why(snapshot: Snapshot, of: Eng
     answer = serving_of(snapshot, of, gpus)
     assert isinstance(answer, Absent)
     assert words in str(answer)
+
+
+def test_a_replica_is_one_of_the_data_parallel_ones() -> None:
+    snapshot = node(count=8)
+    assert served(snapshot, engine(tensor_parallel_size=4, data_parallel_size=2), "abcdefgh").gpus == tuple("abcd")
+    assert served(snapshot, engine(data_parallel_size=4), "abcdefgh").gpus == tuple("ab")
+    assert served(snapshot, engine(data_parallel_size=8), "abcdefgh").gpus == ("a",)
+    spread = engine(QWEN3_235B, data_parallel_size=2, expert_parallel=True)
+    assert "data-parallel" in str(serving_of(snapshot, spread, "abcdefgh"))
+
+
+def test_fewer_ranks_take_the_gpus_that_are_best_linked() -> None:
+    bridged = CARDS["10de:2321"]
+    snapshot = msgspec.structs.replace(node("10de:2321"), pairs=pairs("abcd", 0, ac=12, bd=12))
+    serving = served(snapshot, engine(), "abcd")
+    assert serving.fabric() == pcie_of(bridged, 4)
+    assert serving.fabric(2) == switch_of(bridged)
 
 
 def test_unlike_or_partitioned_gpus_are_not_reckoned() -> None:

@@ -8,7 +8,7 @@ from doctor.machine.card import Card
 from doctor.machine.weights import HALF_BYTES, Model, kv_bytes_per_token, weight_bytes_per_gpu
 
 RUNTIME_BYTES = 5e9
-"""Activations, CUDA graphs, NCCL's buffers and the context on each GPU (document 0). 8.7 GB seen with vLLM 0.9 and
+"""Activations, CUDA graphs, NCCL's buffers and the context on each GPU (document 0). 8.3 GB with vLLM 0.9 and
 Qwen3-235B in FP8 on 4 × H100 (vllm#21348); it grows with `--max-num-batched-tokens` and `--max-num-seqs`."""
 LEAST_RUNTIME_BYTES = 1.5e9
 """Below this no engine runs on a card  # guess: a context and NCCL's buffers, no graphs, one small batch."""

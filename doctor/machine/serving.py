@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import combinations
 
 import msgspec
 
@@ -33,11 +34,17 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     speculative: bool
 
     def fabric(self, tp: int | None = None) -> Maybe[Fabric]:
-        """Return what *tp* of the GPUs talk over; absent where their links were not seen, or they are too few."""
+        """Return what *tp* of the GPUs talk over; absent where their links were not seen, or they are too few.
+
+        Fewer than all are those that are best linked: who makes two replicas puts each on a bridged pair.
+        """
         ranks = tp or len(self.gpus)
         if ranks > len(self.gpus):
             return Absent(Why.NOT_ASKED, f"{ranks} ranks on {len(self.gpus)} GPUs")
-        return fabric_between(self.card, self.pairs, self.gpus[:ranks], custom=self.custom)
+        alike = len({pair.nvlinks for pair in self.pairs if known(pair.nvlinks)}) <= 1
+        groups = (self.gpus[:ranks],) if alike else combinations(self.gpus, ranks)
+        fabrics = [fabric_between(self.card, self.pairs, group, custom=self.custom) for group in groups]
+        return max(fabrics, key=lambda f: f.bytes_per_second if known(f) else 0.0)
 
     def decode(self, batch: int = 1, context: int = 0, tp: int | None = None) -> Maybe[Step]:
         """Return a decode step: see `decode_step`."""
@@ -78,11 +85,19 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def serving_of(snapshot: Snapshot, engine: Engine, gpus: Sequence[str], *, custom: bool = True) -> Maybe[Serving]:
-    """Return what *engine* serves on *gpus* (UUIDs, one a tensor-parallel rank); absent with the first thing unknown.
+    """Return what *engine* serves on *gpus* (UUIDs of its ranks); absent with the first thing unknown.
 
-    *custom*: False where the engine's log says that it turned its own all-reduce off; its flag is read here.
+    With data parallelism it is one of the replicas. *custom*: False where the engine's log says that it turned its own
+    all-reduce off; its flag is read here.
     """
     flags = engine.flags
+    replicas = or_none(flags.data_parallel_size) or 1
+    if replicas > 1 and or_none(flags.expert_parallel):
+        return Absent(Why.NOT_SUPPORTED, "there is no arithmetic for experts spread over data-parallel ranks")
+    ranks = or_none(flags.tensor_parallel_size) or max(len(gpus) // replicas, 1)
+    if len(gpus) < ranks:
+        return Absent(Why.NOT_ASKED, f"which GPUs the engine's {ranks} ranks run on is not known")
+    gpus = gpus[:ranks]
     if known(flags.pipeline_parallel_size) and flags.pipeline_parallel_size > 1:
         return Absent(Why.NOT_SUPPORTED, "there is no arithmetic for pipeline parallelism")
     card = _card_of_all(snapshot, gpus)
@@ -119,8 +134,6 @@ def _utilization(engine: Engine) -> float:
 
 def _card_of_all(snapshot: Snapshot, uuids: Sequence[str]) -> Maybe[Card]:
     """Return the one card that all these GPUs are; the least memory among them counts."""
-    if not uuids:
-        return Absent(Why.NOT_ASKED, "which GPUs the engine runs on is not known")
     cards: list[Card] = []
     for uuid in uuids:
         gpu = snapshot.gpu(uuid)
