@@ -10,7 +10,6 @@ from doctor.rule import Evidence, Finding, Severity
 from doctor.snapshot import Snapshot, Unseen, Why, known, or_none
 from exporters.terminal import Terminal, wrapped
 from exporters.wording import (
-    FILES,
     SOURCE_NAMES,
     counted,
     gpu_number,
@@ -69,7 +68,7 @@ def _node(report: Report) -> str:
     gpus = Counter(plain(or_none(gpu.name) or "unnamed GPU") for gpu in snapshot.gpus)
     driver = or_none(snapshot.stack.driver)
     parts = [
-        plain(report.node.name) or "this node",
+        plain(report.node.name) or "unnamed node",
         moment(report.at),
         *(f"{number}× {name}" for name, number in gpus.items()),
         *([f"driver {plain(driver)}"] if driver else []),
@@ -204,13 +203,12 @@ def _unjudged(report: Report, terminal: Terminal) -> Iterator[str]:
 
 def _unseen(report: Report, terminal: Terminal) -> Iterator[str]:
     gaps: dict[str, list[Unseen]] = {}
-    not_given: list[str] = []
     essential = essential_sources(report.snapshot)
     for unseen in report.unseen:
         why = unseen.why.why
-        if why is Why.NOT_GIVEN and not unseen.what:
-            not_given += FILES.get(unseen.source, ())
-        elif why is Why.NOT_PRESENT and not unseen.what and unseen.source not in essential:
+        if why is Why.NOT_GIVEN:
+            continue  # the rules that would have used it say so
+        if why is Why.NOT_PRESENT and not unseen.what and unseen.source not in essential:
             gaps.setdefault("not on this node", []).append(unseen)
         elif not unseen.what or why not in EXPECTED_GAPS:
             gaps.setdefault(f"{SOURCE_NAMES[unseen.source]}: {plain(str(unseen.why))}", []).append(unseen)
@@ -225,9 +223,6 @@ def _unseen(report: Report, terminal: Terminal) -> Iterator[str]:
         yield from wrapped(f"{reason}{f' ({parts})' if parts else ''}", terminal.width, first="  - ")
         for way in dict.fromkeys(filter(None, (remedy(u.source, u.why) for u in missing))):
             yield from wrapped(way, terminal.width, first="    → ")
-    if not_given:
-        yield ""
-        yield from wrapped(f"To judge more, give `triage` also {listed(dict.fromkeys(not_given))}.", terminal.width)
 
 
 def _quiet(report: Report, terminal: Terminal) -> Iterator[str]:

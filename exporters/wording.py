@@ -190,20 +190,6 @@ SOURCE_NAMES = {
 }
 """Sources as a sentence names them."""
 
-FILES = {
-    Source.NVML: ("`nvidia-smi -q`", "`nvidia-smi topo -m`"),
-    Source.KERNEL_LOG: ("`dmesg` or `journalctl -k -b`",),
-    Source.PROCESSES: ("the engine's command line",),
-    Source.ENGINE_LOG: ("the engine's log from its start",),
-    Source.ENGINE_METRICS: ("`curl -s localhost:8000/metrics`",),
-    Source.STACK: ("`python -m vllm.collect_env`",),
-    Source.FABRIC_MANAGER: ("`/var/log/fabricmanager.log`",),
-    Source.HOST: ("`lspci -nnvv`",),
-}
-"""What to save on the node, so that `triage` can judge what a source would have told.
-
-A model's configuration is not among the kinds of evidence: the engine's log names what matters of it."""
-
 _ENGINE_HERE = (
     "If an engine runs here all the same, name its log and its page in the configuration: "
     "`[engine] logs`, `[engine] metrics`."

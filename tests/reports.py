@@ -284,7 +284,7 @@ def half_blind() -> Report:
 
 def pasted_log() -> Report:
     """Triage of one engine log: everything else was not given."""
-    not_given = Absent(Why.NOT_GIVEN)
+    not_given = Absent(Why.NOT_GIVEN, "add the output of `nvidia-smi -q`")
     visit = Snapshot(
         at=AT,
         seen=(Source.ENGINE_LOG,),
