@@ -197,6 +197,12 @@ def test_total_weights_by_hand(model: Model, gigabytes: float) -> None:
     assert weight_bytes_per_gpu(model, 1) == pytest.approx(gigabytes * 1e9, rel=0.002)
 
 
+def test_a_kv_head_is_copied_and_never_split() -> None:
+    """Qwen3-235B-A22B's four KV heads on eight GPUs: 2 × 4096 × 128 × 2 bytes × 94 layers on each, as on four."""
+    (keys,) = (part for part in of(QWEN3_235B).parts if part.name == "keys-and-values")
+    assert keys.bytes_per_gpu(4) == keys.bytes_per_gpu(8) == 2 * 4096 * 128 * 2 * 94
+
+
 def test_modules_that_stay_unquantized_count_whole() -> None:
     """Meta's own FP8 of Llama 3.1 405B leaves attention and both ends alone; vLLM loaded 57.752 GiB on each of 8 GPUs
     (vllm#6746): (126 × 570.4 M × 2 + (124 + 2 × 2) × 2617.2 M + 2 × 2.10 G × 2) / 8 = 60.9 GB.
