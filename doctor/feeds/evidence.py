@@ -61,7 +61,7 @@ from doctor.snapshot import (
     or_none,
 )
 
-FIRST_BYTES = 16 << 20
+FIRST_BYTES = 8 << 20
 """Read at once from the beginning of a file: a bug report with all its documents fits."""
 
 CHUNK_BYTES = 4 << 20
@@ -585,6 +585,8 @@ class _Gathered:
 
     def _seen(self) -> set[Source]:
         seen = {source for kind, source in _SOURCES.items() if kind in self.kinds}
+        if any(known(gpu.name) for report in self.reports for gpu in report.gpus):
+            seen.add(Source.NVML)
         if any(known(value) for value in (self._stack().driver, self._stack().cuda_driver)):
             seen.add(Source.STACK)
         return seen
@@ -592,7 +594,7 @@ class _Gathered:
     def _unseen(self, seen: set[Source]) -> tuple[Unseen, ...]:
         unseen = [Unseen(source, Absent(Why.NOT_GIVEN, _REMEDIES[source])) for source in Source if source not in seen]
         if Source.NVML in seen and "smi-q" not in self.kinds:
-            unseen.append(Unseen(Source.NVML, Absent(Why.NOT_GIVEN, "add nvidia-smi -q"), "states of the GPUs"))
+            unseen.append(Unseen(Source.NVML, Absent(Why.NOT_GIVEN, "add nvidia-smi -q"), "most states of the GPUs"))
         if Source.HOST in seen:
             unseen.append(Unseen(Source.HOST, _NOT_GIVEN, "all but the PCI devices"))
         unseen += [Unseen(Source.NVML, Absent(Why.NOT_ASKED, detail), "a file") for detail in self.unread]
@@ -602,10 +604,6 @@ class _Gathered:
 _NOT_GIVEN = Absent(Why.NOT_GIVEN)
 
 _SOURCES = {
-    "smi-q": Source.NVML,
-    "smi-table": Source.NVML,
-    "smi-list": Source.NVML,
-    "topo": Source.NVML,
     "kernel-log": Source.KERNEL_LOG,
     "engine-log": Source.ENGINE_LOG,
     "engine-metrics": Source.ENGINE_METRICS,
@@ -614,7 +612,10 @@ _SOURCES = {
     "fabricmanager-status": Source.FABRIC_MANAGER,
     "lspci": Source.HOST,
 }
-"""Kind of document → what it is evidence of."""
+"""Kind of document → the source that it shows.
+
+Names, links and topology alone don't show NVML: the silence of a rule about heat would say nothing.
+"""
 
 _REMEDIES = {
     Source.NVML: "add the output of nvidia-smi -q and nvidia-smi topo -m",
