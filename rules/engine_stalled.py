@@ -73,7 +73,7 @@ def _finding(
         names = sorted({event.process for event in waited.events if event.process})
         who = f" ({', '.join(names[:4])})" if names else ""
         parts.append(f"processes of the engine{who} have waited for others {waited.count} times a minute or longer")
-        ends = dict.fromkeys((waited.events[0], waited.events[-1]))
+        ends = waited.events[:: max(1, len(waited.events) - 1)]
         evidence += [Evidence(Source.ENGINE_LOG.value, event.where, event.text) for event in ends]
     if log is not None and log.incident is not None and (timeouts := log.incident.having("rpc-timeout")):
         parts.append(f"until a call timed out ({timeouts[0].where})")
