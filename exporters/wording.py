@@ -124,7 +124,8 @@ def who(finding: Finding, snapshot: Snapshot) -> str:
         name = gpu_name(uuid, snapshot).partition(" (")[0]
         parts.append(f"NVLink {numbers} of {name}")
     if subject.ranks:
-        parts.append(f"rank {', '.join(map(plain, subject.ranks))}")
+        ranks = ", ".join(map(plain, subject.ranks))
+        parts.append(ranks if ranks.startswith("rank") else f"rank {ranks}")
     if subject.engine:
         parts.append(engine_name(subject.engine, snapshot))
     if subject.pids:
@@ -133,10 +134,12 @@ def who(finding: Finding, snapshot: Snapshot) -> str:
 
 
 def engine_name(engine_id: str, snapshot: Snapshot) -> str:
-    """Return `vllm, pid 4711, unit vllm.service`, or the name of the log in triage."""
+    """Return `vllm, pid 4711, unit vllm.service`; of an engine that is gone, what is known of it."""
     engine = next((e for e in snapshot.engines if e.id == engine_id), None)
     if engine is None:
-        return f"engine {plain(engine_id)}"
+        pid, _, started = engine_id.partition("@")
+        gone = pid.isdecimal() and started.isdecimal()
+        return f"engine, pid {pid}" if gone else f"the engine of {plain(engine_id)}"
     unit = or_none(engine.unit)
     return f"{plain(engine.kind)}, pid {engine.pid}" + (f", unit {plain(unit)}" if unit else "")
 
