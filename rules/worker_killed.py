@@ -1,0 +1,84 @@
+"""A process of the engine was killed from outside: by the out-of-memory killer, or by a signal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from doctor.history import History
+from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
+from doctor.snapshot import EngineEvent, OomKill, Source
+from doctor.symptoms.engine_log import KILLED_EXIT_CODES, EngineLog, Incident, engine_logs
+from doctor.symptoms.xids import of_this_boot
+
+TITLES = ("VLLM::", "vllm", "ray::", "sglang")
+"""How the kernel names the processes of engines: the first 15 characters of the title, or of the program."""
+
+KILLS = ("SIGKILL",)
+"""A process can't ask for this one by its own mistake, unlike SIGSEGV or SIGABRT."""
+
+
+@rule(
+    "worker-killed",
+    "A process of the engine was killed",
+    severity=Severity.CRITICAL,
+    needs=(Source.ENGINE_LOG, Source.KERNEL_LOG),
+    explains=("engine-crashed", "nccl-timeout", "engine-stalled"),
+    limits=NoLimits(),
+)
+def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
+    """Join the exit code in the engine's log with the kernel's out-of-memory kills."""
+    kills = [e for e in of_this_boot(history) if isinstance(e, OomKill)]
+    ours = [kill for kill in kills if kill.process_name.startswith(TITLES)]
+    logs = engine_logs(history)
+    used: set[str] = set()
+    for log in logs:
+        death = _killed(log.incident)
+        if log.incident is None or death is None:
+            continue
+        kill = next((k for k in kills if k in ours or k.pid == death.facts.get("worker_pid")), None)
+        if kill is not None:
+            used.add(kill.where)
+        yield _finding(log, log.incident, death, kill)
+    recovered = any(log.serving and log.incident is None for log in logs)
+    for kill in ours:
+        if kill.where not in used and not recovered:
+            yield Finding(
+                summary=f"The kernel's out-of-memory killer took {kill.process_name} (pid {kill.pid}){_size(kill)}",
+                evidence=(Evidence(Source.KERNEL_LOG.value, kill.where, kill.text),),
+                subject=Subject(pids=(kill.pid,)),
+                since=kill.at,
+                facts={"pid": str(kill.pid)},
+            )
+
+
+def _killed(incident: Incident | None) -> EngineEvent | None:
+    if incident is None:
+        return None
+    for event in incident.having("worker-died", "engine-core-init-failed"):
+        code = event.facts.get("exit_code")
+        if isinstance(code, int) and KILLED_EXIT_CODES.get(code) in KILLS:
+            return event
+    return None
+
+
+def _finding(log: EngineLog, incident: Incident, death: EngineEvent, kill: OomKill | None) -> Finding:
+    name = death.facts.get("name") or death.facts.get("process") or "A process of the engine"
+    signal = KILLED_EXIT_CODES[int(death.facts["exit_code"])]
+    by = (
+        f"the kernel's out-of-memory killer took it{_size(kill)}" if kill else "by the out-of-memory killer, or by hand"
+    )
+    evidence = [Evidence(Source.ENGINE_LOG.value, death.where, death.text)]
+    if kill is not None:
+        evidence.append(Evidence(Source.KERNEL_LOG.value, kill.where, kill.text))
+    return Finding(
+        summary=f"{name} was ended by {signal}: {by}",
+        evidence=tuple(evidence),
+        confidence=Confidence.HIGH if kill is not None else Confidence.MEDIUM,
+        subject=Subject(engine=log.engine, pids=(kill.pid,) if kill is not None else ()),
+        since=incident.at,
+        facts={"log": log.log},
+    )
+
+
+def _size(kill: OomKill) -> str:
+    return f" at {kill.rss_bytes / (1 << 30):.1f} GiB" if kill.rss_bytes else ""
