@@ -364,6 +364,8 @@ def _fits(fault: Fault, node: Profile, text: str) -> None:
         raise FaultError(f"{text}: the GPUs of {node.name} have NVLinks 0 to {node.product.nvlinks - 1}, not {link}")
     if fault.name.startswith("mig-") and not node.product.mig_slots:
         raise FaultError(f"{text}: {node.product.name} has no MIG")
+    if fault.name == "symbol-missing" and not str(fault.params["name"]).startswith("nvml"):
+        raise FaultError(f"{text}: {fault.params['name']!r} is no function of NVML; they begin with nvml")
     rank = fault.params.get("rank")
     if rank is not None and int(rank) >= node.workload.tensor_parallel_size:
         raise FaultError(f"{text}: the engine has ranks 0 to {node.workload.tensor_parallel_size - 1}, not {rank}")

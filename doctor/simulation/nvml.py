@@ -29,6 +29,7 @@ NO_PERMISSION = 4
 NOT_FOUND = 6
 INSUFFICIENT_SIZE = 7
 GPU_IS_LOST = 15
+LIB_RM_VERSION_MISMATCH = 18
 ARGUMENT_VERSION_MISMATCH = 25
 
 ERROR_TEXTS = {
@@ -89,14 +90,15 @@ class _GpmSample:
 
 
 Function = Callable[..., int]
-_functions: dict[str, tuple[int, Function]] = {}
+SYMBOLS: dict[str, tuple[int, Function]] = {}
+"""The C functions there are, each with the driver branch that first had it."""
 
 
 def _since(branch: int, *names: str) -> Callable[[Function], Function]:
     """Register a C function under its names; *branch*: the driver that first had it (450: older than we care)."""
 
     def register(function: Function) -> Function:
-        _functions.update(dict.fromkeys(names, (branch, function)))
+        SYMBOLS.update(dict.fromkeys(names, (branch, function)))
         return function
 
     return register
@@ -144,7 +146,7 @@ class Library:
         ]
 
     def __getattr__(self, name: str) -> Function:
-        branch, function = _functions.get(name, (0, None))
+        branch, function = SYMBOLS.get(name, (0, None))
         missing = any(f.name == "symbol-missing" and f.params["name"] == name for f in self._drill.faults)
         if function is None or branch > self._branch or missing:
             raise AttributeError(name)
@@ -300,6 +302,8 @@ class Library:
 
     @_since(450, "nvmlInitWithFlags")
     def _init(self, _flags: int) -> int:
+        if self._active("driver-library-mismatch"):
+            return LIB_RM_VERSION_MISMATCH
         self._initialized += 1
         return SUCCESS
 
@@ -845,7 +849,7 @@ def _getter(branch: int, name: str, value: Callable[[Library, int], int | None])
         out._obj.value = number
         return SUCCESS
 
-    _functions[name] = (branch, function)
+    SYMBOLS[name] = (branch, function)
 
 
 _getter(450, "nvmlDeviceGetPersistenceMode", lambda _library, _gpu: 1)

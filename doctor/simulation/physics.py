@@ -176,7 +176,7 @@ class Physics:
         self._edges = sorted(
             edge
             for fault in drill.faults
-            for edge in (fault.start_seconds, fault.end_seconds, self._engine_ends)
+            for edge in (fault.start_seconds, fault.end_seconds, self._engine_ends, self.engine.started_seconds)
             if edge is not None and math.isfinite(edge)
         )
         self._reset()
@@ -188,7 +188,7 @@ class Physics:
         product = self.node.product
         self._gpus = [GpuState(limit_watts=product.limit_watts) for _ in self.node.gpus]
         for index, gpu in enumerate(self._gpus):
-            watts = _power_watts(product, "working" if index in self.engine.gpus else "idle", load(0), 1.0)
+            watts = _power_watts(product, self._activity(index, [], BEGIN_SECONDS), load(BEGIN_SECONDS), 1.0)
             gpu.gpu_celsius = product.base_celsius + watts * product.celsius_per_watt
             gpu.memory_celsius = _memory_celsius(product, watts)
             gpu.energy_joules = 1e8 + index * 1e6
@@ -208,7 +208,7 @@ class Physics:
         return NodeState(seconds, self._load(seconds), self._work, tuple(self._gpus))
 
     def _load(self, seconds: float) -> float:
-        return 0.0 if seconds >= self._engine_ends else load(seconds)
+        return load(seconds) if self.engine.started_seconds <= seconds < self._engine_ends else 0.0
 
     def _leap(self, cell: int) -> None:
         """Jump over as many whole minutes as are alike: no fault begins or ends in them, and the heat has settled."""

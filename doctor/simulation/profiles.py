@@ -105,11 +105,13 @@ H200_SXM = msgspec.structs.replace(
     name="NVIDIA H200",
     pci_device_id="10de:2335",
     pci_subsystem_id="10de:18be",
-    vbios="96.00.CF.00.02",  # guess
-    inforom="G520.0280.00.03",  # guess
+    vbios="96.00.A5.00.03",
+    inforom="G520.0280.02.02",
     memory_mib=143771,
+    reserved_mib=614,
     bar1_mib=262144,
     memory_clock_mhz=3201,
+    idle_watts=77.7,
 )
 H100_PCIE = msgspec.structs.replace(
     H100_SXM,
