@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from doctor.report import Report, ReportedFinding, Verdict, essential_sources
 from doctor.rule import Evidence, Finding, Severity
-from doctor.snapshot import Snapshot, Unseen, Why, known, or_none
+from doctor.snapshot import Absent, Snapshot, Unseen, Why, known, or_none
 from exporters.terminal import Terminal, wrapped
 from exporters.wording import (
     SOURCE_NAMES,
@@ -196,9 +196,23 @@ def _unjudged(report: Report, terminal: Terminal) -> Iterator[str]:
     yield f"{terminal.bold('Could not be judged')}: {len(report.unjudged)} of {counted(asked, 'failure mode')}"
     reasons: dict[str, list[str]] = {}
     for unjudged in report.unjudged:
-        reasons.setdefault(plain(str(unjudged.why)), []).append(unjudged.failure_mode)
+        reasons.setdefault(_reason(unjudged.why, report), []).append(unjudged.failure_mode)
     for reason, failure_modes in reasons.items():
         yield from wrapped(f"{reason}: {', '.join(failure_modes)}", terminal.width, first="  - ")
+
+
+def _reason(why: Absent, report: Report) -> str:
+    """Return why a failure mode could not be judged; a source that was not seen gives its own reason further below."""
+    for unseen in report.unseen:
+        given = unseen.why.why is Why.NOT_GIVEN
+        if (
+            not unseen.what
+            and not given
+            and unseen.why.why is why.why
+            and why.detail.startswith(f"{unseen.source.value} ")
+        ):
+            return f"{SOURCE_NAMES[unseen.source]} could not be seen"
+    return plain(str(why))
 
 
 def _unseen(report: Report, terminal: Terminal) -> Iterator[str]:
