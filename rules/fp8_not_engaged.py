@@ -20,7 +20,7 @@ BLOCK_FP8_CAPABILITY = (9, 0)
     "FP8 is asked for and not used in computation",
     severity=Severity.WARNING,
     needs=(Source.ENGINE_LOG,),
-    explains=("throughput-below-reference", "engine-crashed"),
+    explains=("throughput-below-reference",),
     limits=NoLimits(),
 )
 def RULE(history: History, _: NoLimits) -> Iterator[Finding]:

@@ -69,6 +69,8 @@ class LogReader:
         self._rest = b""
         self._rest_is_long = False
         self._traces: dict[tuple[str, int | None], _Trace] = {}
+        self._before: list[bytes] = []
+        """The last lines before the present block."""
         self._begin_visit()
 
     def _begin_visit(self) -> None:
@@ -77,7 +79,6 @@ class LogReader:
         self._first_stats: tuple[int, bytes] | None = None
         self._first_served: tuple[int, bytes] | None = None
         self._last_served: _Served | None = None
-        self._tail: list[bytes] = []
         self._lines = self._bytes = self._long_lines = 0
 
     def feed(self, chunk: bytes, at: float) -> None:
@@ -142,7 +143,6 @@ class LogReader:
         base = self._line
         self._line += len(lines)
         self._lines += len(lines)
-        self._tail = lines[-_TAIL_LINES:]
         self._note_served(block, base)
         for i in [i for i, line in enumerate(lines) if not line.endswith(_ANSWERED)]:
             line = lines[i]
@@ -157,6 +157,7 @@ class LogReader:
                 continue
             if self._traces or any(token in line for token in _GATE):
                 self._look_at(lines, i, base)
+        self._before = (self._before + lines[-_BEFORE_LINES:])[-_BEFORE_LINES:]
 
     def _look_at(self, lines: list[bytes], i: int, base: int) -> None:
         raw = lines[i]
@@ -173,6 +174,8 @@ class LogReader:
                 self._stats.append((base + i, raw))
                 self._first_stats = self._first_stats or (base + i, raw)
                 continue
+            if signal.startswith("watchdog-") and record.rank is not None:
+                facts.setdefault("rank", record.rank)  # it stands before the message, where PyTorch is newer
             event = EngineEvent(
                 signal=signal,
                 text=_without_secrets(signal, record.text.strip())[:TEXT_MAX],
@@ -233,9 +236,10 @@ class LogReader:
         return None if match is None else (match.name, facts)
 
     def _trace_before(self, lines: list[bytes], i: int, event: EngineEvent) -> list[str]:
-        """Return the traceback lines of the same process that stand before line *i* in this block, oldest first."""
+        """Return the traceback lines of the same process that stand before line *i*, oldest first."""
         found: list[str] = []
-        for raw in reversed(lines[max(0, i - _LOOK_BACK_LINES) : i]):
+        near = [*self._before, *lines[max(0, i - _BEFORE_LINES) : i]][-_BEFORE_LINES:]
+        for raw in reversed(near):
             text = raw[:1000].decode("utf-8", "replace")
             for record in _records_of(text, None, 0.0):
                 if (record.process, record.pid) != (event.process, event.pid) or record.level == "INFO":
@@ -298,7 +302,7 @@ class LogReader:
         )
 
     def _last_stamp(self) -> float | None:
-        for raw in reversed(self._tail):
+        for raw in reversed(self._before):
             stamps = [record.at for record in self._records(raw) if record.at is not None]
             if stamps:
                 return stamps[-1]
@@ -407,10 +411,10 @@ class _Trace(msgspec.Struct):
     lines: int = 0
 
 
-_TAIL_LINES = 64
 _TRACES_MAX = 256
 _TRACE_MAX_LINES = 400
-_LOOK_BACK_LINES = 60
+_BEFORE_LINES = 64
+"""How far back the traceback of an error is looked for, and the last stamp of a log."""
 _SERVED_TRIES = 100
 
 _IDENTITY_SIGNALS = frozenset({"engine-version", "engine-config", "non-default-args"})
