@@ -179,7 +179,9 @@ class EngineLogs:
         seen = [reading for reading in readings if reading is not None]
         if not seen:
             raise CannotSeeError(
-                unseen[0].why if unseen else Absent(Why.NOT_PRESENT, f"no serving engine runs here; {REMEDY}")
+                unseen[0].why
+                if unseen
+                else Absent(Why.NOT_PRESENT, "no serving engine runs here, and the configuration names no log")
             )
         events = tuple(_without_secrets(event) for reading in seen for event in reading.events)
         return Reading(
@@ -220,7 +222,9 @@ class EngineLogs:
         if sources:
             offset = utc_offset_seconds(self.root, engine.pid, at)
             return [self._followed_file(sources[0].name, source, offset, wanted) for source in sources]
-        if known(engine.unit) and not known(engine.container):
+        # systemd gives a unit a socket to the journal; any other output leads elsewhere.
+        to_journal = isinstance(outputs, Absent) or any(source.name == "socket" for source in outputs)
+        if to_journal and known(engine.unit) and not known(engine.container):
             name = f"journal:{engine.unit}"
             held = next((log for log in (*wanted, *self._followed) if log.name == name), None)
             return [held or self._journal(engine.unit)]
@@ -265,17 +269,17 @@ def _outputs(root: Path, pid: int) -> list[_Output] | Absent:
         descriptor = root / f"proc/{pid}/fd/{number}"
         try:
             target = str(descriptor.readlink())
-            # The kernel's link leads to the open file itself, wherever it was renamed to, and out of any container.
-            path = descriptor if real else files.within(root / f"proc/{pid}/root", target)
-            regular = target.startswith("/") and stat.S_ISREG(path.stat().st_mode)
         except PermissionError:
             return Absent(Why.NO_PERMISSION, f"where the engine's output goes: run as root, or {REMEDY}")
-        except OSError:
+        except OSError:  # closed
             continue
-        kind = target.partition(":")[0] if not target.startswith("/") else target
-        found.setdefault(
-            target, _Output(target.removesuffix(" (deleted)") if regular else kind, path if regular else None)
-        )
+        # The kernel's link leads to the open file itself, wherever it was renamed to, and out of any container.
+        path = descriptor if real else files.within(root / f"proc/{pid}/root", target)
+        state = _state_of(path)
+        if target.startswith("/") and state is not None and stat.S_ISREG(state.st_mode):
+            found.setdefault(target, _Output(target.removesuffix(" (deleted)"), path))
+        else:
+            found.setdefault(target, _Output(target if target.startswith("/") else target.partition(":")[0]))
     return list(found.values())
 
 

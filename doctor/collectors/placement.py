@@ -1,10 +1,40 @@
-"""Which rank works on which GPU: what the engine was told to use, confirmed by the processes that NVML sees."""
+"""Which GPU is which, and which rank works on it: what the engine was told to use, confirmed by the processes that NVML sees."""
 
 from __future__ import annotations
 
 import msgspec
 
 from doctor.snapshot import Absent, Engine, Gpu, Maybe, Rank, Snapshot, Why, known, or_none
+
+
+def identified(snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot with names given to GPUs of which NVML tells only the index: they are lost.
+
+    The driver's own list in /proc still holds them, in the order of PCI addresses, which is that of NVML's indices.
+    """
+    nameless = sorted((gpu for gpu in snapshot.gpus if gpu.uuid.startswith("index:")), key=lambda gpu: gpu.index)
+    told = {gpu.pci_address for gpu in snapshot.gpus if known(gpu.pci_address)}
+    missing = [gpu for gpu in or_none(snapshot.host.driver_gpus) or () if gpu.pci_address not in told]
+    if not nameless or len(nameless) != len(missing):
+        return snapshot
+    names = {
+        gpu.uuid: (driver_gpu.uuid if isinstance(driver_gpu.uuid, str) else gpu.uuid, driver_gpu)
+        for gpu, driver_gpu in zip(nameless, missing, strict=True)
+    }
+    gpus = tuple(
+        msgspec.structs.replace(gpu, uuid=names[gpu.uuid][0], pci_address=names[gpu.uuid][1].pci_address)
+        if gpu.uuid in names
+        else gpu
+        for gpu in snapshot.gpus
+    )
+    uuids = {index: uuid for index, (uuid, _) in names.items()}
+    pairs = tuple(
+        msgspec.structs.replace(
+            pair, first=uuids.get(pair.first, pair.first), second=uuids.get(pair.second, pair.second)
+        )
+        for pair in snapshot.pairs
+    )
+    return msgspec.structs.replace(snapshot, gpus=gpus, pairs=pairs)
 
 
 def placed(snapshot: Snapshot) -> Snapshot:

@@ -20,7 +20,7 @@ from doctor.collectors.host import HostState
 from doctor.collectors.kernel_log import KernelLog
 from doctor.collectors.model import ServedModels
 from doctor.collectors.nvml import NvmlCollector
-from doctor.collectors.placement import placed
+from doctor.collectors.placement import identified, placed
 from doctor.collectors.processes import Processes
 from doctor.collectors.stack import Versions
 from doctor.snapshot import Absent, CollectorRun, Engine, Node, Snapshot, Source, Unseen, Why
@@ -189,7 +189,7 @@ def _merged(at: float, node: Node, answers: Sequence[tuple[Source, _Answer]]) ->
     fields["engines"] = tuple(
         msgspec.structs.replace(engine, **of_engines.get(engine.id, {})) for engine in fields.get("engines", ())
     )
-    return placed(Snapshot(at=at, seen=tuple(seen), unseen=tuple(unseen), collectors=tuple(runs), **fields))
+    return placed(identified(Snapshot(at=at, seen=tuple(seen), unseen=tuple(unseen), collectors=tuple(runs), **fields)))
 
 
 def _joined(one: Any, other: Any) -> Any:
