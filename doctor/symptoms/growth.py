@@ -8,7 +8,7 @@ from itertools import pairwise
 import msgspec
 
 from doctor.history import History
-from doctor.snapshot import Gpu, Maybe, known
+from doctor.snapshot import NOT_ASKED, Gpu, Maybe, NvLink, known
 
 
 class Growth(msgspec.Struct, frozen=True):
@@ -41,3 +41,15 @@ def gpu_growth(
     """Return the growth of one GPU's counter over the last *window_seconds*."""
     oldest = history.now - window_seconds
     return growth((at, read(gpu)) for at, gpu in history.of_gpu(uuid) if at >= oldest)
+
+
+def link_growth(
+    history: History, uuid: str, link: int, read: Callable[[NvLink], Maybe[int]], window_seconds: float
+) -> Growth | None:
+    """Return the growth of a counter of one NVLink of a GPU over the last *window_seconds*."""
+
+    def of_link(gpu: Gpu) -> Maybe[float]:
+        links = gpu.links if known(gpu.links) else ()
+        return next((read(seen) for seen in links if seen.link == link), NOT_ASKED)
+
+    return gpu_growth(history, uuid, of_link, window_seconds)

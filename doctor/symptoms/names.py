@@ -24,3 +24,14 @@ def listed(words: Iterable[str], most: int = 6) -> str:
     if len(every) > most:
         return f"{', '.join(every[: most - 1])} and {len(every) - most + 1} more"
     return " and ".join((", ".join(every[:-1]), every[-1])) if len(every) > 1 else "".join(every)
+
+
+def gpu_at(snapshot: Snapshot, pci_address: str) -> Gpu | None:
+    """Return the GPU at a PCI address, or None where NVML lists none there."""
+    return next((gpu for gpu in snapshot.gpus if gpu.pci_address == pci_address), None)
+
+
+def name_at(snapshot: Snapshot, pci_address: str) -> str:
+    """Return how people name the GPU at a PCI address."""
+    gpu = gpu_at(snapshot, pci_address)
+    return name_of(gpu) if gpu is not None else f"the GPU at {pci_address}"

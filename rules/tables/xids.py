@@ -23,6 +23,12 @@ class XidCode(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Where other tools disagree."""
     source: str
 
+    @property
+    def words(self) -> str:
+        """The meaning as it stands within a sentence."""
+        article, _, rest = self.meaning.partition(" ")
+        return f"{article.lower()} {rest}" if article in ("A", "An", "The", "Single-bit") else self.meaning
+
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     xid: tuple[XidCode, ...]

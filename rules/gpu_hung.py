@@ -1,0 +1,102 @@
+"""A GPU hangs: its system processor, a micro-controller or a context switch no longer answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from doctor.history import History
+from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, facts_of_gpu, rule
+from doctor.snapshot import Gpu, Source, known
+from doctor.symptoms.draw import limit_of
+from doctor.symptoms.engine_groups import engine_of_gpu, rank_groups
+from doctor.symptoms.names import gpu_at, name_at, name_of
+from doctor.symptoms.xids import answered_since, xid_events
+from rules.tables.xids import XIDS, codes_of
+
+HANGS = codes_of("gpu-hung")
+SILENCES = frozenset({119, 120})
+"""After these NVML does not answer; where it does, the GPU was reset."""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What a hang looks like from outside."""
+
+    seconds: float = 60.0
+    """The map's: 100 % busy at idle power over a minute."""
+    power_ratio: float = 0.2
+    """Of the limit. An idle H100 draws about 70 to 120 of its 700 W; ranks that spin in a collective draw more. guess."""
+
+
+@rule(
+    "gpu-hung",
+    "A GPU hangs",
+    severity=Severity.CRITICAL,
+    needs=(Source.NVML, Source.KERNEL_LOG),
+    explains=(
+        "driver-unresponsive",
+        "engine-stalled",
+        "nccl-timeout",
+        "engine-crashed",
+        "application-fault",
+        "recovery-pending",
+    ),
+    limits=Limits(),
+)
+def RULE(history: History, limits: Limits) -> Iterator[Finding]:
+    """Take the driver's word; without one, a GPU alone among its ranks that is busy for a minute and draws nothing."""
+    events = [e for e in xid_events(history) if e.code in HANGS]
+    events = [e for e in events if e.code not in SILENCES or not answered_since(history, e.pci_address, e.last_at)]
+    for pci_address in dict.fromkeys(event.pci_address for event in events):
+        mine = [event for event in events if event.pci_address == pci_address]
+        gpu = gpu_at(history.latest, pci_address)
+        row = XIDS[mine[0].code]
+        yield Finding(
+            summary=f"{name_at(history.latest, pci_address)}: {row.words} (Xid {row.code})",
+            evidence=tuple(Evidence(Source.KERNEL_LOG.value, e.first.where, e.first.text) for e in mine),
+            subject=Subject(gpus=(gpu.uuid,) if gpu else (), engine=engine_of_gpu(history, gpu.uuid) if gpu else ""),
+            since=min((e.at for e in mine if e.at is not None), default=None),
+            facts=dict(facts_of_gpu(gpu.index, pci_address, gpu.uuid)) if gpu else {"pci-address": pci_address},
+        )
+    if not events:
+        yield from _by_signature(history, limits)
+
+
+def _by_signature(history: History, limits: Limits) -> Iterator[Finding]:
+    stuck = [gpu for gpu in history.latest.gpus if _stuck(history, gpu.uuid, limits)]
+    for group in rank_groups(history):
+        mine = [gpu for gpu in stuck if gpu.uuid in group.gpus]
+        if len(mine) == 1 and group.size > 1:  # several at once wait for somebody else: engine-stalled
+            gpu = mine[0]
+            watts = f"{gpu.power.average_watts:.0f} W" if known(gpu.power.average_watts) else "idle power"
+            text = f"100 % busy at {watts}, with no memory traffic, for {limits.seconds:.0f} s and more"
+            yield Finding(
+                summary=f"{name_of(gpu)} is {text}, unlike the other ranks' GPUs: a kernel on it hangs",
+                evidence=(Evidence(Source.NVML.value, f"GPU {gpu.index}: utilisation and power", text),),
+                confidence=Confidence.LOW,
+                severity=Severity.WARNING,
+                subject=Subject(gpus=(gpu.uuid,), engine=group.engine),
+                facts=dict(facts_of_gpu(gpu.index, None, gpu.uuid)),
+            )
+
+
+def _stuck(history: History, uuid: str, limits: Limits) -> bool:
+    seen = [(at, gpu) for at, gpu in history.of_gpu(uuid) if at >= history.now - limits.seconds]
+    return (
+        bool(seen)
+        and seen[-1][0] - seen[0][0] >= limits.seconds
+        and all(_busy_for_nothing(gpu, limits) for _, gpu in seen)
+    )
+
+
+def _busy_for_nothing(gpu: Gpu, limits: Limits) -> bool:
+    busy, memory, watts, limit = (
+        gpu.activity.gpu_ratio,
+        gpu.activity.memory_ratio,
+        gpu.power.average_watts,
+        limit_of(gpu),
+    )
+    if not (known(busy) and known(memory) and known(watts)) or limit is None:
+        return False
+    return busy >= 0.99 and memory <= 0.01 and watts <= limits.power_ratio * limit
