@@ -89,11 +89,13 @@ _HUMAN_FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "
 
 _ASSIGNMENT = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*)=(.*)$", re.DOTALL)
 
+_REST = rb"(?:[^\n\\]+|\\\r?\n|\\.)*"
+"""The rest of a command: its line, and those that a backslash adds."""
+
 _SHELL = re.compile(
     rb"^[ \t]*(?:[$#>] |\+ )?(?:[A-Za-z_]\w*=\S* |(?:sudo|env|exec|nohup|time|CMD|ENTRYPOINT) )*"
-    rb"(?:\S*/)?(?:vllm serve|python[\d.]* (?:-\w+ )*-m (?:vllm\.entrypoints|sglang\.launch_server)|sglang serve"
-    rb"|trtllm-serve|text-generation-launcher|llama-server|docker run [^\n]*(?:\\\n[^\n]*)*vllm/vllm-openai)\b"
-    rb"[^\n]*(?:\\\r?\n[^\n]*)*",
+    rb"(?:(?:\S*/)?(?:vllm serve|python[\d.]* (?:-\w+ )*-m (?:vllm\.entrypoints|sglang\.launch_server)|sglang serve"
+    rb"|trtllm-serve|text-generation-launcher|llama-server)\b" + _REST + rb"|docker run " + _REST + rb")",
     re.MULTILINE,
 )
 
