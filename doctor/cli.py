@@ -182,6 +182,8 @@ def check(
 ) -> None:
     """Judge this node now."""
     site = _site(config)
+    if replay is not None and (simulate is not None or faults):
+        raise click.UsageError("--replay judges a recording, --simulate a node: choose one")
     if replay is not None:
         from doctor.feeds import recording
 

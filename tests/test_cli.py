@@ -145,6 +145,7 @@ def test_wrong_use_is_clicks_own_error() -> None:
     alone = run("check", "--fault", "gpu-lost:gpu=1")
     assert alone.exit_code == 2
     assert "it needs --simulate" in alone.stderr
+    assert run("check", "--replay", "x.rec", "--simulate", "l40s-4").exit_code == 2
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "soon"])
