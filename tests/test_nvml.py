@@ -573,6 +573,18 @@ class TestSilence:
         assert reading.fields["gpus"][2].lost is False
         assert [u.what for u in reading.unseen] == ["GPU 3"]
 
+    def test_what_nvml_called_lost_stays_lost_when_it_is_left_alone(self, node: Node) -> None:
+        collector = node("hgx-h100-8", "gpu-lost:gpu=3,start=0.5")
+        look(collector)
+        time.sleep(0.6)
+        lost = gpus(collector)[3]
+        assert known(lost.pci_address)
+        collector.heed([xid(79, lost.pci_address, at=time.time() - 0.3)])
+        reading = look(collector)
+        assert reading.fields["gpus"][3].lost is True
+        assert why(reading.fields["gpus"][3].links) is Why.NOT_ASKED
+        assert reading.unseen == ()
+
 
 def xid(code: int, pci_address: str, at: float | None) -> Xid:
     return Xid(text=f"NVRM: Xid (PCI:{pci_address}): {code}", where="kmsg:1", at=at, code=code, pci_address=pci_address)

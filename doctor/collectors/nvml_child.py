@@ -227,7 +227,6 @@ class Device:
         self._gpm_samples: tuple[Any, Any] | None = None
         self._gpm_at = -math.inf
         self._gpm_request = gpm_request()
-        self.lost = False
         uuid = ask("nvmlDeviceGetUUID", handle)
         self.uuid: str = f"index:{index}" if isinstance(uuid, Absent) else uuid
         pci = ask("nvmlDeviceGetPciInfo", handle)
@@ -638,6 +637,7 @@ class Nvml:
         self._devices: dict[int, Device] = {}
         self._ancestors: dict[tuple[str, str], Maybe[str]] = {}
         self._left_alone: frozenset[str] = frozenset()
+        self._lost: set[int] = set()
         cuda = ask("nvmlSystemGetCudaDriverVersion_v2")
         self._stack = Stack(
             driver=ask("nvmlSystemGetDriverVersion"),
@@ -663,12 +663,12 @@ class Nvml:
 
     def sample(self) -> None:
         """Sample the power of every GPU."""
-        for device in self._devices.values():
-            if not device.lost and device.pci not in self._left_alone:
+        for index, device in self._devices.items():
+            if index not in self._lost and device.pci not in self._left_alone:
                 try:
                     device.sample()
                 except GpuIsLostError:
-                    device.lost = True
+                    self._lost.add(index)
 
     def _addresses(self, count: int) -> dict[int, tuple[str, str]]:
         """Return PCI address and UUID by index as the driver's own list has them; NVML goes by PCI address too.
@@ -687,23 +687,24 @@ class Nvml:
 
     def _gpu(self, index: int, cached: tuple[str, str]) -> Gpu:
         device = self._devices.get(index)
-        if device is None:
-            if cached[0] in self._left_alone:
-                return self._unreachable(index, cached, LEFT_ALONE, LEFT_ALONE)
-            try:
+        address = cached[0] if device is None else device.pci
+        if address in self._left_alone:
+            # What NVML called lost stays lost: only a reset brings it back.
+            lost = index in self._lost or LEFT_ALONE
+            return (
+                self._unreachable(index, cached, LEFT_ALONE, lost) if device is None else device.gone(LEFT_ALONE, lost)
+            )
+        try:
+            if device is None:
                 handle = ask("nvmlDeviceGetHandleByIndex", index)
                 if isinstance(handle, Absent):
                     return self._unreachable(index, cached, handle, handle)
                 device = self._devices[index] = Device(handle, index)
-            except GpuIsLostError:
-                return self._unreachable(index, cached, LOST, lost=True)
-        if device.pci in self._left_alone:
-            return device.gone(LEFT_ALONE, LEFT_ALONE)
-        try:
             gpu = device.visit()
         except GpuIsLostError:
-            gpu = device.gone(LOST, lost=True)
-        device.lost = gpu.lost is True
+            self._lost.add(index)
+            return self._unreachable(index, cached, LOST, lost=True) if device is None else device.gone(LOST, lost=True)
+        self._lost.discard(index)
         return gpu
 
     def _unreachable(self, index: int, cached: tuple[str, str], why: Absent, lost: Maybe[bool]) -> Gpu:
