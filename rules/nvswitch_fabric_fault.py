@@ -64,7 +64,9 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
     troubles = [*_switch_errors(history), *_engine(history, switches)]
     if switches:
         troubles += [*_manager(history, limits), *_registration(history, limits)]
-    elif switches is None or _switches_may_be_hidden(history.latest):
+    elif switches is None:
+        troubles += [*_manager_of_some_board(history), *_registration(history, limits)]
+    elif _switches_may_be_hidden(history.latest):
         troubles += _registration(history, limits)
     if troubles:
         yield _finding(troubles)
@@ -103,6 +105,18 @@ def _manager(history: History, limits: Limits) -> Iterator[Trouble]:
         if message.kind in ("fatal", "version-mismatch", "link-failure"):
             proof = Evidence(Source.FABRIC_MANAGER.value, message.where, message.text)
             yield Trouble(f"its manager reports: {message.text}", proof, at=message.at)
+
+
+def _manager_of_some_board(history: History) -> Iterator[Trouble]:
+    """A manager that failed, where nothing tells whether this board needs one; "nothing to do" says that it does not."""
+    manager = history.latest.fabric_manager
+    if manager.unit_state == "failed" and all(m.kind != "nothing-to-do" for m in standing_messages(history)):
+        yield Trouble(
+            "the fabric manager has failed; whether this board has NVSwitches, and so needs it, was not seen",
+            Evidence(Source.FABRIC_MANAGER.value, "nvidia-fabricmanager.service", "ActiveState=failed"),
+            Confidence.LOW,
+            Severity.WARNING,
+        )
 
 
 def _just_booted(snapshot: Snapshot, limits: Limits) -> bool:

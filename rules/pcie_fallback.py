@@ -40,13 +40,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     "Tensor-parallel ranks talk over PCIe",
     severity=Severity.WARNING,
     needs=(Source.NVML,),
-    explains=(
-        "throughput-below-reference",
-        "allreduce-dominant",
-        "ttft-slow",
-        "tp-single-stream-stall",
-        "engine-crashed",
-    ),
+    explains=("throughput-below-reference", "allreduce-dominant", "ttft-slow", "tp-single-stream-stall"),
     limits=NoLimits(),
 )
 def RULE(history: History, limits: NoLimits) -> Iterator[Finding | Absent]:  # noqa: ARG001 - nothing to set

@@ -550,6 +550,19 @@ def test_a_board_with_switches_whose_manager_nobody_saw_is_not_judged() -> None:
     assert nodes.why_blind(nvswitch_fabric_fault.RULE, visits) is not None
 
 
+def test_the_matrix_alone_tells_that_there_are_switches() -> None:
+    def pasted(snapshot: Snapshot) -> Snapshot:
+        blind = nodes.unseen(without_manager(snapshot), Source.HOST, why=Why.NOT_GIVEN)
+        return nodes.with_gpu(
+            nodes.put(blind, fabric_manager__switches=Absent(Why.NOT_GIVEN)), range(8), links=Absent(Why.NOT_GIVEN)
+        )
+
+    board = nodes.each(nodes.healthy("hgx-h100-8"), pasted)
+    assert one(nvswitch_fabric_fault.RULE, board).severity is Severity.CRITICAL
+    mesh = nodes.each(nodes.healthy("hgx-h100-4"), pasted)
+    assert one(nvswitch_fabric_fault.RULE, mesh).confidence is Confidence.LOW
+
+
 # mig-misconfigured
 
 

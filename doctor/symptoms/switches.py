@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from doctor.history import History, measured_once
 from doctor.snapshot import FabricMessage, Snapshot, known
+
+LEAST_SWITCHED_LINKS = 8
+"""A GPU with so many links to each of two others meets them at a switch: a 4-GPU mesh gives a pair 6 (H100) or 4 (A100),
+a bridge joins two GPUs, or four at 6 (H200 NVL); H800, with the fewest links of a switched board, has 8."""
 
 
 @measured_once
@@ -18,11 +24,17 @@ def has_switches(history: History) -> bool | None:
     if known(latest.host.pci_devices) and any(d.kind == "nvswitch" for d in latest.host.pci_devices):
         return True
     ends = {link.remote for gpu in latest.gpus if known(gpu.links) for link in gpu.links if known(link.remote)}
-    if "switch" in ends:
+    if "switch" in ends or _matrix_shows_switches(latest):
         return True
     if ends - {"unknown"} or _no_links(latest) or known(latest.host.pci_devices):
         return False
     return None
+
+
+def _matrix_shows_switches(snapshot: Snapshot) -> bool:
+    wide = (p for p in snapshot.pairs if known(p.nvlinks) and p.nvlinks >= LEAST_SWITCHED_LINKS)
+    peers = Counter(uuid for pair in wide for uuid in (pair.first, pair.second))
+    return any(count >= 2 for count in peers.values())
 
 
 def _no_links(snapshot: Snapshot) -> bool:
