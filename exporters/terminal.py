@@ -17,6 +17,8 @@ _STICKY = "\x00"
 WIDTH = 80
 WIDTH_MAX = 100
 WIDTH_MIN = 40
+ROOM_MIN = 16
+"""Text gets this many columns however deep it hangs: on a narrow terminal a long chain of causes runs over the edge."""
 
 
 class Terminal(msgspec.Struct, frozen=True):
@@ -69,7 +71,9 @@ def wrapped(text: str, width: int, *, first: str = "", rest: str | None = None, 
     More than *most* lines are cut, which an ellipsis shows.
     """
     rest = " " * len(first) if rest is None else rest
-    room = width - max(len(first), len(rest))
+    lead = max(len(first), len(rest))
+    width = max(width, lead + ROOM_MIN)
+    room = width - lead
 
     def kept_whole(code: re.Match[str]) -> str:
         return code[0].replace(" ", _STICKY) if len(code[0]) < room else code[0]

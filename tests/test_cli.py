@@ -217,6 +217,12 @@ def test_a_missing_piece_of_evidence_is_one_sentence(tmp_path: Path) -> None:
     assert "no.log" in refused(run("triage", tmp_path / "no.log"))
 
 
+def test_a_binary_file_is_no_evidence(tmp_path: Path) -> None:
+    path = tmp_path / "core.123"
+    path.write_bytes(b"\x7fELF" + bytes(range(256)) * 100)
+    assert "core.123" in refused(run("triage", path))
+
+
 def test_an_address_that_is_none_is_one_sentence() -> None:
     assert "no address to listen on" in refused(run("daemon", "--simulate", "l40s-4", "--listen", "9481"))
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from doctor.readers.runbook import read
 from doctor.report import Verdict
-from doctor.snapshot import Absent, Source, Unseen, Why
-from exporters import console, runbook
+from doctor.rule import Evidence, Finding, Severity, Subject, Unjudged
+from doctor.snapshot import Absent, Node, Source, Unseen, Why
+from exporters import console, markdown, nagios, runbook
+from exporters import json as json_report
 from exporters.terminal import Terminal, terminal_of, wrapped
 from exporters.wording import cut, listed, moment, plain, ranges
 
@@ -150,6 +152,41 @@ def test_clean_text_holds_nothing_that_moves_a_cursor_or_turns_a_line(text: str)
 def test_an_escape_that_never_ends_hides_no_evidence() -> None:
     assert plain("\x1b]0;Xid 79 on GPU 2") == "0;Xid 79 on GPU 2"
     assert plain("\x1b[4mGPU0\x1b[0m\tNV18") == "GPU0 NV18"
+
+
+@settings(max_examples=100)
+@given(ODD, ODD, st.integers(40, 100))
+def test_any_text_can_be_told_in_every_form(one: str, other: str, width: int) -> None:
+    finding = Finding(
+        failure_mode="application-fault",
+        title="A kernel of the workload faulted",
+        severity=Severity.CRITICAL,
+        summary=one,
+        evidence=(Evidence("engine-log", other, one), Evidence(other, "", "")),
+        subject=Subject(gpus=(one, other), links=(one, f"{other}/x"), ranks=(other,), engine=one),
+        advice=(other,),
+    )
+    report = reports.report(
+        reports.snapshot(reports.FOUR, node=Node(name=other)),
+        finding,
+        unjudged=(Unjudged("gpu-lost", Absent(Why.FAILED, one)),),
+    )
+    for told in (
+        console.render(report, Terminal(width=width)),
+        markdown.render(report),
+        nagios.render(report),
+        json_report.render(report).decode(),
+    ):
+        assert all(line.isprintable() for line in told.split("\n"))
+
+
+def test_a_long_chain_of_causes_is_told_on_a_narrow_terminal() -> None:
+    chain = [
+        msgspec.structs.replace(reports.CRASHED, failure_mode=f"mode-{n}", explains=(f"mode-{n + 1}",))
+        for n in range(20)
+    ]
+    screen = console.render(reports.report(reports.snapshot(reports.FOUR), *chain), Terminal(width=40))
+    assert "└─ mode-19" in screen
 
 
 def test_small_words() -> None:
