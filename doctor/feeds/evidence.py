@@ -7,9 +7,11 @@ to the readers of logs.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
@@ -130,32 +132,46 @@ _COMPRESSED = (
     (b"PK\x03\x04", "zip"),
 )
 
+_RECORDING = b'{"recording":'
+
 _TEXT_SAMPLE_BYTES = 64 << 10
 _UTF_16 = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
 
 
-def _opened(path: Path) -> BinaryIO:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed if it is a gzip file. Raises EvidenceError."""
+    if path.is_dir():
+        msg = f"{path}: is a directory: name the files in it"
+        raise EvidenceError(msg)
     try:
-        if path.is_dir():
-            msg = f"{path}: is a directory: name the files in it"
-            raise EvidenceError(msg)
         raw = path.open("rb")
-        magic = raw.peek(6)[:6]
     except OSError as e:
         msg = f"{path}: can't be read: {e.strerror or e}"
         raise EvidenceError(msg) from e
-    for signature, program in _COMPRESSED:
-        if magic.startswith(signature):
-            raw.close()
-            msg = f"{path}: is compressed with {program}: decompress it first"
-            raise EvidenceError(msg)
-    return cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if magic.startswith(b"\x1f\x8b") else raw
+    with raw:
+        magic = raw.peek(6)[:6]
+        for signature, program in _COMPRESSED:
+            if magic.startswith(signature):
+                msg = f"{path}: is compressed with {program}: decompress it first"
+                raise EvidenceError(msg)
+        if magic.startswith(b"\x1f\x8b"):
+            with gzip.GzipFile(fileobj=raw) as plain:
+                yield cast("BinaryIO", plain)
+        else:
+            yield raw
 
 
 def _is_recording(path: Path) -> bool:
-    with _opened(path) as file:
-        return _read(file, 512, path).startswith(b'{"recording":')
+    """Whether the file is a recording, whole or torn. What can't be opened is none; reading it will say why."""
+    try:
+        with path.open("rb") as raw:
+            head = raw.read(512)
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, len(_RECORDING)) == _RECORDING
+    except OSError:
+        return False
+    except zlib.error:
+        return head.startswith(_RECORDING)
 
 
 def _read(file: BinaryIO, size: int, path: Path) -> bytes:
@@ -307,7 +323,7 @@ class _Gathered:
             if not first:
                 msg = f"{path}: the file is empty"
                 raise EvidenceError(msg)
-            if first.startswith(b'{"recording":'):
+            if first.startswith(_RECORDING):
                 msg = f"{path}: is a recording; a recording is judged by itself: gpu-doctor check --replay {path}"
                 raise EvidenceError(msg)
             coding = _UTF_16.get(first[:2])
