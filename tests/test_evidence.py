@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,16 @@ def test_a_recording_is_replayed_and_not_mixed(folder: Folder) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(evidence.EvidenceError, match="cut off"):
         list(evidence.read([path], now=NOW))
+
+
+def test_a_pipe_is_read_from_its_first_byte(folder: Folder) -> None:
+    pipe = folder.path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text(DMESG))
+    writer.start()
+    (visit,) = evidence.read([pipe], now=NOW)
+    writer.join()
+    assert [event.where for event in visit.kernel] == ["pipe:1", "pipe:2"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import gzip
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
@@ -139,7 +139,7 @@ _UTF_16 = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Generator[BinaryIO, None, None]:
     """Open a file for reading, decompressed if it is a gzip file. Raises EvidenceError."""
     if path.is_dir():
         msg = f"{path}: is a directory: name the files in it"
@@ -163,13 +163,16 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _is_recording(path: Path) -> bool:
-    """Whether the file is a recording, whole or torn. What can't be opened is none; reading it will say why."""
+    """Whether the file is a recording, whole or torn. A pipe is none: what is looked at would be gone."""
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as raw:
             head = raw.read(512)
-        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, len(_RECORDING)) == _RECORDING
-    except OSError:
+    except OSError:  # reading it will say why
         return False
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, len(_RECORDING)) == _RECORDING
     except zlib.error:
         return head.startswith(_RECORDING)
 
