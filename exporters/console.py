@@ -29,6 +29,9 @@ PROOFS_OF_A_CAUSE = 5
 PROOFS_OF_A_CONSEQUENCE = 2
 LINES_OF_A_PROOF = 3
 
+NAMES_OF_A_REASON = 5
+"""Failure modes named where one reason blinds more; `gpu-doctor rules` and the JSON name them all."""
+
 ABOUT_LINKS = frozenset({"pcie-fallback", "nvlink-degraded", "nvlink-errors", "p2p-blocked", "nvswitch-fabric-fault"})
 """Failure modes that the matrix of the topology helps to see."""
 
@@ -198,7 +201,7 @@ def _unjudged(report: Report, terminal: Terminal) -> Iterator[str]:
     for unjudged in report.unjudged:
         reasons.setdefault(_reason(unjudged.why, report), []).append(unjudged.failure_mode)
     for reason, failure_modes in reasons.items():
-        yield from wrapped(f"{reason}: {', '.join(failure_modes)}", terminal.width, first="  - ")
+        yield from wrapped(f"{reason}: {listed(failure_modes, NAMES_OF_A_REASON)}", terminal.width, first="  - ")
 
 
 def _reason(why: Absent, report: Report) -> str:
