@@ -651,8 +651,8 @@ class Nvml:
         count = ask("nvmlDeviceGetCount")
         if isinstance(count, Absent):
             raise CannotStartError(count)
-        addresses = self._addresses(count)
-        gpus = tuple(self._gpu(index, addresses.get(index, ("", ""))) for index in range(count))
+        closed = self._must_not_open(count)
+        gpus = tuple(self._gpu(index, index in closed) for index in range(count))
         return Answer(
             number=question.number,
             gpus=gpus,
@@ -670,46 +670,42 @@ class Nvml:
                 except GpuIsLostError:
                     self._lost.add(index)
 
-    def _addresses(self, count: int) -> dict[int, tuple[str, str]]:
-        """Return PCI address and UUID by index as the driver's own list has them; NVML goes by PCI address too.
+    def _must_not_open(self, count: int) -> set[int]:
+        """Return the indices of the GPUs that a fresh child must leave alone: to take their handle is to wake them.
 
-        The list comes from a cache, so that it still tells who a lost GPU is.
+        NVML's indices follow the PCI addresses, and so does the driver's own list, which needs no NVML.
         """
-        if self._root is None or len(self._devices) == count:
-            return {}
+        if self._root is None or not self._left_alone or len(self._devices) == count:
+            return set()
         try:
-            entries = sorted((self._root / "proc/driver/nvidia/gpus").iterdir())
+            addresses = sorted(entry.name.lower() for entry in (self._root / "proc/driver/nvidia/gpus").iterdir())
         except OSError:
-            return {}
-        if len(entries) != count:
-            return {}
-        return {index: (entry.name.lower(), uuid_of(entry / "information")) for index, entry in enumerate(entries)}
+            return set()
+        return (
+            {index for index, a in enumerate(addresses) if a in self._left_alone} if len(addresses) == count else set()
+        )
 
-    def _gpu(self, index: int, cached: tuple[str, str]) -> Gpu:
+    def _gpu(self, index: int, closed: bool) -> Gpu:
         device = self._devices.get(index)
-        address = cached[0] if device is None else device.pci
-        if address in self._left_alone:
+        if closed if device is None else device.pci in self._left_alone:
             # What NVML called lost stays lost: only a reset brings it back.
-            lost = index in self._lost or LEFT_ALONE
-            return (
-                self._unreachable(index, cached, LEFT_ALONE, lost) if device is None else device.gone(LEFT_ALONE, lost)
-            )
+            return self._gone(index, LEFT_ALONE, index in self._lost or LEFT_ALONE)
         try:
             if device is None:
                 handle = ask("nvmlDeviceGetHandleByIndex", index)
                 if isinstance(handle, Absent):
-                    return self._unreachable(index, cached, handle, handle)
+                    return self._gone(index, handle, handle)
                 device = self._devices[index] = Device(handle, index)
             gpu = device.visit()
         except GpuIsLostError:
             self._lost.add(index)
-            return self._unreachable(index, cached, LOST, lost=True) if device is None else device.gone(LOST, lost=True)
+            return self._gone(index, LOST, lost=True)
         self._lost.discard(index)
         return gpu
 
-    def _unreachable(self, index: int, cached: tuple[str, str], why: Absent, lost: Maybe[bool]) -> Gpu:
-        address, uuid = cached
-        return msgspec.structs.replace(nobody(uuid or f"index:{index}", index, why, lost), pci_address=address or why)
+    def _gone(self, index: int, why: Absent, lost: Maybe[bool]) -> Gpu:
+        device = self._devices.get(index)
+        return nobody(f"index:{index}", index, why, lost) if device is None else device.gone(why, lost)
 
     def _pairs(self, gpus: tuple[Gpu, ...]) -> tuple[GpuPair, ...]:
         ends = [link_ends(gpu) for gpu in gpus]
@@ -764,16 +760,6 @@ def unseen_parts(gpus: tuple[Gpu, ...]) -> Iterator[Unseen]:
     denied = next((t for t in thresholds if isinstance(t, Absent) and t.why is Why.NO_PERMISSION), None)
     if denied:
         yield Unseen(Source.NVML, denied, "SRAM error threshold")
-
-
-def uuid_of(information: Path) -> str:
-    """Return the UUID in a GPU's `information` file of `/proc/driver/nvidia/gpus`; empty where there is none."""
-    try:
-        lines = information.read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    uuid = next((line.partition(":")[2].strip() for line in lines if line.startswith("GPU UUID:")), "")
-    return uuid if uuid.startswith("GPU-") and "?" not in uuid else ""
 
 
 def serve(questions: BinaryIO, answers: BinaryIO, root: Path | None) -> None:
