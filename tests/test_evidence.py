@@ -158,6 +158,21 @@ def test_a_topology_alone_shows_pairs_but_not_the_state_of_the_gpus(folder: Fold
     assert Source.NVML not in visit.seen
 
 
+def test_an_nvidia_smi_that_failed_is_a_failure_not_a_gap(folder: Folder) -> None:
+    visit = folder.visit(
+        DMESG, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that it runs.\n"
+    )
+    why = visit.why_unseen(Source.NVML)
+    assert why is not None
+    assert (why.why, why.detail[:9]) == (Why.FAILED, "1.txt:1: ")
+
+
+def test_what_the_driver_says_in_a_mixed_log_is_not_the_engines_word(folder: Folder) -> None:
+    visit = folder.visit(LOG + DMESG)
+    assert [event.code for event in visit.kernel if isinstance(event, Xid)] == [79]
+    assert {event.signal for event in visit.engine_events} == {"engine-version", "cuda-error"}
+
+
 def test_no_secret_comes_through(folder: Folder) -> None:
     visit = folder.visit(COLLECT_ENV, COMMAND)
     assert "hf_abc" not in repr(visit)

@@ -257,6 +257,11 @@ _KINDS = (
         (b"gpu_uuid", b"gpu_name", b"index, ", b"utilization.gpu"),
         _matches(r"^(?:timestamp|index|name|gpu_\w+|uuid), \S.*\n(?:[^\n]*, [^\n]*\n?)*"),
     ),
+    _Kind(
+        "smi-refusal",
+        (b"NVIDIA-SMI has failed", b"No devices were found"),
+        _matches(r"^(?:NVIDIA-SMI has failed|No devices were found)[^\n]*"),
+    ),
     _Kind("dmon", (b"# gpu ",), _matches(r"^# gpu +(?:\w+ +)+\n(?:(?:#|\s+\d)[^\n]*\n?)*")),
     _Kind("dcgm", (b"Overall Health",), _matches(r"^\|[^\n]*Overall Health[^\n]*\n(?:[|+][^\n]*\n?)*")),
     _Kind("gpud", (b"fabric state: GPU ",), _matches(r"^.*\bfabric state: GPU \S+: state=[^\n]*")),
@@ -289,6 +294,9 @@ _ENGINE_TRACE = re.compile(
 )
 """What an excerpt shows of an engine that has none of its records."""
 
+_DRIVER_LINE = re.compile(rb"^[^\n]*(?:NVRM: |SXid \()[^\n]*$", re.MULTILINE)
+"""Where a file holds both logs, the engine's reader is spared what the driver says of lost GPUs and exceptions."""
+
 _FABRIC_LINE = re.compile(
     rb"^[^\n]*(?:\] \[tid \d+\]|nv-fabricmanager\[|nvidia-fabricmanager\.service:|Fabric Manager version)[^\n]*$",
     re.MULTILINE,
@@ -315,6 +323,8 @@ class _Gathered:
         self.logs: list[LogState] = []
         self.stamps: list[float] = []
         self.unread: list[str] = []
+        self.refusals: list[str] = []
+        """What nvidia-smi printed when it could not answer."""
 
     def take(self, path: Path, name: str) -> bool:
         """Take what the file holds, and return whether it holds anything. Raises EvidenceError."""
@@ -362,7 +372,9 @@ class _Gathered:
                 # A busy engine log is read at the speed of the disk: the kernel is looked for at its two ends only.
                 events = _bounded([*events, *kernel.finish()])
                 kernel = kernel_log.KernelLogReader(f"{name} (last part)", now=self.now)
-            if is_engine or not is_kernel:
+            if is_engine:
+                engine.feed(_DRIVER_LINE.sub(_blanked, data) if is_kernel else data, self.now)
+            elif not is_kernel:
                 engine.feed(data, self.now)
             position += len(following)
             data = following if is_engine and not is_kernel else self._without_documents(following, name)
@@ -415,6 +427,8 @@ class _Gathered:
         """Take one document, and return whether its reader found anything in it."""
         if kind in _UNREAD:
             self.unread.append(f"{name}:{line}: what {_UNREAD[kind]} prints is not used")
+        elif kind == "smi-refusal":
+            self.refusals.append(f"{name}:{line}: {text.strip()}")
         elif kind == "collect-env":
             environment = collect_env.read(text)
             self.environments.append(environment)
@@ -526,8 +540,10 @@ class _Gathered:
             for gpu in gpus:
                 known_so_far = merged.get(gpu.index)
                 merged[gpu.index] = gpu if known_so_far is None else _joined_gpu(known_so_far, gpu)
-        for index in {index for matrix in self._all_matrices() for index in matrix.gpus} - merged.keys():
-            merged[index] = Gpu(uuid=f"index:{index}", index=index)
+        for matrix in self._all_matrices():
+            for index in matrix.gpus:
+                near = Gpu(uuid=f"index:{index}", index=index, numa_node=matrix.numa_node(index))
+                merged[index] = _joined_gpu(merged[index], near) if index in merged else near
         return _with_device_ids(tuple(merged[index] for index in sorted(merged)), self.pci)
 
     def _all_matrices(self) -> Iterator[topo_matrix.TopoMatrix]:
@@ -611,13 +627,20 @@ class _Gathered:
         return seen
 
     def _unseen(self, seen: set[Source]) -> tuple[Unseen, ...]:
-        unseen = [Unseen(source, Absent(Why.NOT_GIVEN, _REMEDIES[source])) for source in Source if source not in seen]
+        unseen = [Unseen(source, self._why_unseen(source)) for source in Source if source not in seen]
         if Source.NVML in seen and "smi-q" not in self.kinds:
             unseen.append(Unseen(Source.NVML, Absent(Why.NOT_GIVEN, "add nvidia-smi -q"), "most states of the GPUs"))
         if Source.HOST in seen:
             unseen.append(Unseen(Source.HOST, _NOT_GIVEN, "all but the PCI devices"))
         unseen += [Unseen(Source.NVML, Absent(Why.NOT_ASKED, detail), "a file") for detail in self.unread]
         return tuple(unseen)
+
+    def _why_unseen(self, source: Source) -> Absent:
+        if source is Source.NVML and self.refusals:
+            return Absent(Why.FAILED, self.refusals[-1])
+        if source is Source.NVML and "topo" in self.kinds:
+            return Absent(Why.NOT_GIVEN, "add the output of nvidia-smi -q")
+        return Absent(Why.NOT_GIVEN, _REMEDIES[source])
 
 
 _NOT_GIVEN = Absent(Why.NOT_GIVEN)
@@ -649,6 +672,10 @@ _REMEDIES = {
 }
 
 _MODULE_VERSION = re.compile(r"Kernel Module(?: for \S+)? +(\d+(?:\.\d+)+)")
+
+
+def _blanked(match: re.Match[bytes]) -> bytes:
+    return match[0].translate(_BLANK)
 
 
 _BLANK = bytes(10 if byte == 10 else 32 for byte in range(256))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from doctor.snapshot import Absent, GpuPair, Why
+from doctor.snapshot import Absent, GpuPair, Maybe, Why
 
 TAIL = ("CPU Affinity", "NUMA Affinity", "GPU NUMA ID")
 """The columns that are no devices, in their order; old drivers print only the first, or the first two."""
@@ -25,7 +25,7 @@ _DEVICE = re.compile(r"GPU\d+|NIC\d+|[a-z][a-z]+\d*_(?:bond_)?\d+|[a-z]+[a-z0-9]
 
 _HEADER = re.compile(rf"^[ \t]*(?:(?:{_DEVICE.pattern})[ \t]*)+(?:CPU Affinity|$)", re.ASCII)
 _TAIL = re.compile(r"CPU Affinity|NUMA Affinity|GPU NUMA ID")
-_CELL = re.compile(r"[ \t]*(X(?=[\s\d]|$|PIX|PXB|PHB|NODE|SYS|SOC|NV\d)|PIX|PXB|PHB|NODE|SYS|SOC|NV\d+)")
+_CELL = re.compile(r"[ \t]*(X(?=[\s\d]|$|PIX|PXB|PHB|NODE|SYS|SOC|NV\d)|PIX|PXB|PHB|NODE|SYS|SOC|NV\d{1,2})")
 _ROW = re.compile(rf"^[ \t]*({_DEVICE.pattern})(?=[ \t])(?:{_CELL.pattern})", re.ASCII)
 _NIC_NAME = re.compile(r"^\s*(NIC\d+): *(\S+)\s*$", re.ASCII)
 _GPU = re.compile(r"^GPU(\d+)$", re.ASCII)
@@ -63,6 +63,11 @@ class TopoMatrix(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         column = self.devices.index(second)
         return next((row.cells[column] for row in self.rows if row.device == first and column < len(row.cells)), None)
 
+    def numa_node(self, gpu: int) -> Maybe[int]:
+        """Return the NUMA node of a GPU's memory affinity; absent where the matrix tells none, or several."""
+        near = next((row.numa_affinity for row in self.rows if row.device == f"GPU{gpu}"), None)
+        return int(near) if near is not None and re.fullmatch("[0-9]{1,4}", near) else _NO_NODE
+
     @property
     def gpus(self) -> tuple[int, ...]:
         """The indexes of the GPUs that the header or a row names."""
@@ -94,6 +99,7 @@ class TopoMatrix(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return tuple(pairs)
 
 
+_NO_NODE = Absent(Why.NOT_GIVEN, "topo -m does not tell one")
 _HIDDEN = Absent(Why.NOT_GIVEN, "topo -m shows NVLink in its place")
 
 
