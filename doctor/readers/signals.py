@@ -321,13 +321,7 @@ SIGNALS: tuple[Signal, ...] = (
 )  # fmt: skip
 """Every row, in the order in which they are tried. Beside them the reader gives `request-served` and `exception`."""
 
-EXCEPTION_LITERALS = (
-    "Traceback (most recent call last)",
-    "Error",
-    "Exception",
-    "The above exception",
-    "During handling",
-)
+EXCEPTION_LITERALS = ("Traceback (most recent call last)", "Error", "Exception", "above exception")
 """What else may not be skipped: the beginning and the end of a traceback."""
 
 INFORMING_STARTS = (

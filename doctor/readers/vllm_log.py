@@ -69,8 +69,8 @@ class LogReader:
         self._rest = b""
         self._rest_is_long = False
         self._traces: dict[tuple[str, int | None], _Trace] = {}
-        self._before: list[bytes] = []
-        """The last lines before the present block."""
+        self._before = b""
+        """The end of what was read before the present block."""
         self._begin_visit()
 
     def _begin_visit(self) -> None:
@@ -90,16 +90,15 @@ class LogReader:
             self._rest_grows(chunk)
             return
         self._rest_grows(chunk[:end])
-        self._block(self._rest + b"\n")
-        self._rest, self._rest_is_long = b"", False
-        start, stop = end + 1, chunk.rfind(b"\n") + 1
+        self._end_rest()
+        start, stop = end, chunk.rfind(b"\n")
         while start < stop:
-            cut = stop if stop - start <= BLOCK_BYTES else chunk.rfind(b"\n", start, start + BLOCK_BYTES) + 1
-            if cut <= start:  # one line longer than a block
-                cut = chunk.find(b"\n", start) + 1
+            cut = stop if stop - start <= BLOCK_BYTES else chunk.rfind(b"\n", start + 1, start + BLOCK_BYTES)
+            if cut < 0:  # one line longer than a block
+                cut = chunk.find(b"\n", start + 1)
             self._block(chunk[start:cut])
             start = cut
-        self._rest_grows(chunk[stop:])
+        self._rest_grows(chunk[stop + 1 :])
 
     def take(self) -> LogReading:
         """Return what was read since the last call; an unfinished last line waits for its end."""
@@ -118,17 +117,19 @@ class LogReader:
     def finish(self) -> LogReading:
         """Return what was read since the last call; the rest counts as a last line."""
         if self._rest:
-            self._block(self._rest + b"\n")
-            self._rest, self._rest_is_long = b"", False
+            self._end_rest()
         return self.take()
 
     def begin_anew(self) -> None:
         """Say that the log was rotated or truncated: the next byte is the first of line 1."""
         if self._rest:
-            self._block(self._rest + b"\n")
-        self._rest, self._rest_is_long = b"", False
+            self._end_rest()
         self._line = 1
         self._traces.clear()
+
+    def _end_rest(self) -> None:
+        self._block(b"\n" + self._rest)
+        self._rest, self._rest_is_long = b"", False
 
     def _rest_grows(self, more: bytes) -> None:
         room = LINE_MAX_BYTES - len(self._rest)
@@ -138,29 +139,36 @@ class LogReader:
             self._long_lines += 1
 
     def _block(self, block: bytes) -> None:
-        lines = block.split(b"\n")
-        del lines[-1]
-        base = self._line
-        self._line += len(lines)
-        self._lines += len(lines)
-        self._note_served(block, base)
-        for i in [i for i, line in enumerate(lines) if not line.endswith(_ANSWERED)]:
-            line = lines[i]
+        """Read whole lines, each with a line end before it and none behind."""
+        before = number = self._line - 1
+        counted = 0
+        self._note_served(block, before)
+        for found in _NOT_PASSED_OVER.finditer(block):
+            line = found[1]
+            if line.endswith(_ANSWERED):
+                continue
             head = line.find(b"] ", 0, 200)
             if head > 0 and not self._traces and line.find(b"INFO ", 0, head) >= 0:
-                message = head + 2
-                if line.startswith(_STATS_STARTS, message) or _AGGREGATED in line:
-                    self._stats.append((base + i, line))
-                    self._first_stats = self._first_stats or (base + i, line)
-                elif line.startswith(_INFORMING_STARTS, message):
-                    self._look_at(lines, i, base)
+                if not line.startswith(_INFORMING_STARTS, head + 2) and _AGGREGATED not in line:
+                    continue
+            elif not self._traces and not any(token in line for token in _GATE):
                 continue
-            if self._traces or any(token in line for token in _GATE):
-                self._look_at(lines, i, base)
-        self._before = (self._before + lines[-_BEFORE_LINES:])[-_BEFORE_LINES:]
+            number += block.count(b"\n", counted, found.start() + 1)
+            counted = found.start() + 1
+            if line.startswith(_STATS_STARTS, head + 2) or _AGGREGATED in line:
+                self._note_stats(number, line)
+            else:
+                self._look_at(line, number, block, counted)
+        number += block.count(b"\n", counted)
+        self._line = number + 1
+        self._lines += number - before
+        self._before = (self._before + block[-_BEFORE_BYTES:])[-_BEFORE_BYTES:]
 
-    def _look_at(self, lines: list[bytes], i: int, base: int) -> None:
-        raw = lines[i]
+    def _note_stats(self, number: int, line: bytes) -> None:
+        self._stats.append((number, line))
+        self._first_stats = self._first_stats or (number, line)
+
+    def _look_at(self, raw: bytes, number: int, block: bytes, position: int) -> None:
         if len(raw) > LINE_MAX_BYTES:
             self._long_lines += 1
         if not self._traces and not any(literal in raw for literal in _LITERALS):
@@ -171,15 +179,14 @@ class LogReader:
                 continue
             signal, facts = found
             if signal == "stats":
-                self._stats.append((base + i, raw))
-                self._first_stats = self._first_stats or (base + i, raw)
+                self._note_stats(number, raw)
                 continue
             if signal.startswith("watchdog-") and record.rank is not None:
                 facts.setdefault("rank", record.rank)  # it stands before the message, where PyTorch is newer
             event = EngineEvent(
                 signal=signal,
                 text=_without_secrets(signal, record.text.strip())[:TEXT_MAX],
-                where=f"{self._name}:{base + i}",
+                where=f"{self._name}:{number}",
                 log=self.log,
                 at=record.at,
                 level=record.level,
@@ -188,8 +195,9 @@ class LogReader:
                 rank=record.rank if record.rank is not None else _rank_fact(facts),
                 facts=facts,
             )
-            if self._kept.add((base + i, n), event) and signal in _WITH_TRACE:
-                self._kept.complete(_with_trace(event, self._trace_before(lines, i, event)))
+            if self._kept.add((number, n), event) and signal in _WITH_TRACE:
+                before = (self._before + block[max(0, position - _BEFORE_BYTES) : position])[-_BEFORE_BYTES:]
+                self._kept.complete(_with_trace(event, _trace_in(before, event)))
 
     def _records(self, raw: bytes) -> Iterator[Record]:
         text = raw[:LINE_MAX_BYTES].decode("utf-8", "replace")
@@ -235,29 +243,14 @@ class LogReader:
                 return "exception", facts | {"message": (exception["message"] or "")[:TEXT_MAX]}
         return None if match is None else (match.name, facts)
 
-    def _trace_before(self, lines: list[bytes], i: int, event: EngineEvent) -> list[str]:
-        """Return the traceback lines of the same process that stand before line *i*, oldest first."""
-        found: list[str] = []
-        near = [*self._before, *lines[max(0, i - _BEFORE_LINES) : i]][-_BEFORE_LINES:]
-        for raw in reversed(near):
-            text = raw[:1000].decode("utf-8", "replace")
-            for record in _records_of(text, None, 0.0):
-                if (record.process, record.pid) != (event.process, event.pid) or record.level == "INFO":
-                    continue
-                if "Traceback (most recent" in record.text or _EXCEPTION.match(record.text):
-                    return found[::-1]
-                if record.text[:2].isspace():
-                    found.append(record.text.strip())
-        return found[::-1]
-
-    def _note_served(self, block: bytes, base: int) -> None:
+    def _note_served(self, block: bytes, before: int) -> None:
         if self._first_served is None:
             position = block.find(_POST)
             for _ in range(_SERVED_TRIES):
                 if position < 0:
                     break
                 if _was_served(block, position):
-                    self._first_served = (base + block.count(b"\n", 0, position), _line_at(block, position))
+                    self._first_served = _Served(block, position, before).line()
                     break
                 position = block.find(_POST, position + 1)
         position = block.rfind(_POST)
@@ -265,7 +258,7 @@ class LogReader:
             if position < 0:
                 return
             if _was_served(block, position):
-                self._last_served = _Served(block, position, base)
+                self._last_served = _Served(block, position, before)
                 return
             position = block.rfind(_POST, 0, position)
 
@@ -302,7 +295,7 @@ class LogReader:
         )
 
     def _last_stamp(self) -> float | None:
-        for raw in reversed(self._before):
+        for raw in reversed(self._before.split(b"\n")[1:]):
             stamps = [record.at for record in self._records(raw) if record.at is not None]
             if stamps:
                 return stamps[-1]
@@ -397,10 +390,11 @@ class _Served(msgspec.Struct, frozen=True):
 
     block: bytes
     position: int
-    base: int
+    before: int
+    """Lines of the log before the block."""
 
     def line(self) -> tuple[int, bytes]:
-        return self.base + self.block.count(b"\n", 0, self.position), _line_at(self.block, self.position)
+        return self.before + self.block.count(b"\n", 0, self.position), _line_at(self.block, self.position)
 
 
 class _Trace(msgspec.Struct):
@@ -413,7 +407,7 @@ class _Trace(msgspec.Struct):
 
 _TRACES_MAX = 256
 _TRACE_MAX_LINES = 400
-_BEFORE_LINES = 64
+_BEFORE_BYTES = 16 * 1024
 """How far back the traceback of an error is looked for, and the last stamp of a log."""
 _SERVED_TRIES = 100
 
@@ -430,6 +424,16 @@ _POST = b"POST /"
 _STATS_STARTS = (b"Engine ", b"Avg prompt")
 _AGGREGATED = b"Engines Aggregated: "
 _INFORMING_STARTS = tuple(start.encode() for start in signals.INFORMING_STARTS)
+_UNWANTED_RECORD = (
+    rb" \d\d-\d\d \d\d:\d\d:\d\d \[?[\w./]{1,100}:\d+\] (?!\d|"
+    + b"|".join(re.escape(start) for start in _INFORMING_STARTS)
+    + rb")"
+)
+_NOT_PASSED_OVER = re.compile(
+    rb"\n(?!INFO(?:: {5}\d|" + _UNWANTED_RECORD + rb")"
+    rb"|\([A-Za-z][^)\n]{0,60}\) INFO(?:: {5}\d|" + _UNWANTED_RECORD + rb"))([^\n]+)"
+)
+"""Lines, but for access lines and INFO records whose message begins like none that is wanted."""
 _GATE = tuple(token.encode() for token in signals.GATE)
 _LITERALS = tuple(
     dict.fromkeys(text.encode() for text in (*(row.literal for row in signals.SIGNALS), *signals.EXCEPTION_LITERALS))
@@ -660,6 +664,22 @@ def _of_json(wrapped: _Wrapped, reference: float | None, utc_offset_seconds: flo
 
 
 # What a message says.
+
+
+def _trace_in(before: bytes, event: EngineEvent) -> list[str]:
+    """Return the traceback lines of the event's process at the end of what stands *before* it, oldest first."""
+    found: list[str] = []
+    for raw in reversed(before.split(b"\n")[1:]):
+        text = raw[:1000].decode("utf-8", "replace")
+        for record in _records_of(text, None, 0.0):
+            if (record.process, record.pid) != (event.process, event.pid) or record.level == "INFO":
+                continue
+            if "Traceback (most recent" in record.text or _EXCEPTION.match(record.text):
+                return found[::-1]
+            if record.text[:2].isspace():
+                found.append(record.text.strip())
+    return found[::-1]
+
 
 _EXCEPTION = re.compile(
     r"(?P<type>(?:[A-Za-z_]\w*\.){0,8}[A-Z]\w{2,60})(?:\([\w., ]{1,80}\))?(?:: ?(?P<message>.*))?$", re.DOTALL
