@@ -330,12 +330,13 @@ class TestOldDriversAndRights:
         reading = look(node("hgx-h100-8", "driver-old:branch=535"))
         gpu = reading.fields["gpus"][0]
         for value in (
-            gpu.thermal.margin_celsius, gpu.fabric.state, gpu.ecc.sram_threshold_exceeded, gpu.recovery_action,
+            gpu.thermal.margin_celsius, gpu.fabric.health, gpu.ecc.sram_threshold_exceeded, gpu.recovery_action,
             gpu.clocks.hw_thermal_seconds,
         ):  # fmt: skip
             assert why(value) is Why.MISSING_SYMBOL
         assert known(gpu.thermal.gpu_celsius)
         assert known(gpu.power.average_watts)
+        assert gpu.fabric.state == "completed"
         assert len(links(gpu)) == 18
         assert reading.fields["stack"].driver == "535.54.03"
         assert reading.fields["stack"].cuda_driver == "12.2"
@@ -369,6 +370,7 @@ class TestOldDriversAndRights:
             "nvmlDeviceGetMigMode", "nvmlDeviceGetP2PStatus", "nvmlDeviceGetTopologyCommonAncestor",
             "nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetComputeRunningProcesses_v2",
             "nvmlDeviceGetMemoryAffinity", "nvmlSystemGetDriverVersion", "nvmlDeviceGetGpuFabricInfoV",
+            "nvmlDeviceGetGpuFabricInfo",
         )  # fmt: skip
         reading = look(node("hgx-h100-8", *(f"symbol-missing:name={name}" for name in names)))
         gpu, pair = reading.fields["gpus"][0], reading.fields["pairs"][0]

@@ -122,6 +122,8 @@ BLACKWELL = 10
 
 P2P_READ, P2P_WRITE, P2P_NVLINK, P2P_ATOMICS = range(4)
 """The binding's own NVML_P2P_CAPS_INDEX_READ is a tuple by mistake."""
+FABRIC_VERSIONS = (0x3000028, 0x2000024)
+"""nvmlGpuFabricInfo_v3 and _v2, the second a beginning of the first."""
 GPM_SM, GPM_TENSOR, GPM_DRAM, GPM_PCIE_TX, GPM_PCIE_RX, GPM_NVLINK_RX, GPM_NVLINK_TX = 2, 5, 10, 20, 21, 60, 61
 GPM_METRICS: tuple[int, ...] = (GPM_SM, GPM_TENSOR, GPM_DRAM, GPM_PCIE_TX, GPM_PCIE_RX, GPM_NVLINK_RX, GPM_NVLINK_TX)
 
@@ -211,6 +213,20 @@ def field_value(kind: int, status: int, bits: int) -> Maybe[float]:
     if kind == DOUBLE:
         return struct.unpack("=d", struct.pack("=Q", bits))[0]
     return bits
+
+
+class FabricInfo(ctypes.Structure):
+    """nvmlGpuFabricInfo_v3_t, with nvml.h's names. Bindings up to 12.575 lack it, and some have a cluster UUID of the wrong length."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint),
+        ("clusterUuid", ctypes.c_uint8 * 16),
+        ("status", ctypes.c_uint),
+        ("cliqueId", ctypes.c_uint32),
+        ("state", ctypes.c_uint8),
+        ("healthMask", ctypes.c_uint32),
+        ("healthSummary", ctypes.c_uint8),
+    )
 
 
 class Device:
@@ -569,27 +585,25 @@ class Device:
         return self._remotes[link]
 
     def _fabric(self) -> Fabric:
-        info: Any = pynvml.c_nvmlGpuFabricInfo_v3_t()
-        answer = self._ask("nvmlDeviceGetGpuFabricInfoV", ctypes.byref(info))
-        if isinstance(answer, Absent) and answer.why is Why.MISSING_SYMBOL:
-            info = pynvml.c_nvmlGpuFabricInfo_v2_t()
+        info = FabricInfo()
+        for version in FABRIC_VERSIONS:
+            info.version = version
             answer = self._ask("nvmlDeviceGetGpuFabricInfoV", ctypes.byref(info))
-        if isinstance(answer, Absent) and answer.why is Why.MISSING_SYMBOL:
-            info = pynvml.c_nvmlGpuFabricInfo_t()
-            answer = self._ask("nvmlDeviceGetGpuFabricInfo", ctypes.byref(info))
+            if not (isinstance(answer, Absent) and answer.why is Why.MISSING_SYMBOL):
+                break
+        else:  # Before driver 550 there is a registration, and no health.
+            answer = self._ask("nvmlDeviceGetGpuFabricInfo", ctypes.byref(info, FabricInfo.clusterUuid.offset))
+            info.version = 0
         if isinstance(answer, Absent):
             return hollow(Fabric, answer)
         state = worded(info.state, FABRIC_STATES)
-        mask: int | None = getattr(info, "healthMask", None)
         status: Maybe[str] = NOT_SUPPORTED
         if state == "completed":
             status = "Success" if info.status == OK else str(nvml.NVMLError(info.status))
-        if mask is None:
-            return Fabric(state=state, status=status, health=Absent(Why.MISSING_SYMBOL, "this driver does not tell"))
-        unhealthy = fabric_faults(mask)
-        summary: int = getattr(info, "healthSummary", 0)
-        if not summary:
-            summary = 2 if unhealthy else 1 if mask else 0
+        if not info.version:
+            return Fabric(state=state, status=status, health=absent(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND))
+        unhealthy = fabric_faults(info.healthMask)
+        summary = info.healthSummary or (2 if unhealthy else 1 if info.healthMask else 0)
         return Fabric(state=state, status=status, health=worded(summary, FABRIC_HEALTH), unhealthy=unhealthy)
 
     def _processes(self, handle: Any) -> Maybe[tuple[GpuProcess, ...]]:

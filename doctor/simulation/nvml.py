@@ -667,16 +667,26 @@ class Library:
             return fabric and all(any(self._link_active(gpu, link) for link in links) for gpu in (one, two))
         return any(self._node.peer_of(one, link) == two and self._link_active(one, link) for link in links)
 
+    def _register(self, info: Any) -> None:
+        if not self._node.fabric:
+            raise _RefusalError(NOT_SUPPORTED)
+        info.status, info.cliqueId = SUCCESS, 0
+        info.state = 2 if self._active("fabric-incomplete") else 3
+
+    @_since(525, "nvmlDeviceGetGpuFabricInfo")
+    def _fabric_without_health(self, handle: Any, out: Any) -> int:
+        self._device(handle)
+        self._register(out._obj)
+        return SUCCESS
+
     @_since(550, "nvmlDeviceGetGpuFabricInfoV")
     def _fabric(self, handle: Any, out: Any) -> int:
         gpu = self.gpu_of(handle)
         info = out._obj
         if info.version not in {0x02000024, 0x3000028} or (info.version == 0x3000028 and self._branch < 570):
             return ARGUMENT_VERSION_MISMATCH
-        if not self._node.fabric:
-            return NOT_SUPPORTED
-        info.status, info.cliqueId, info.healthMask = SUCCESS, 0, 0
-        info.state = 2 if self._active("fabric-incomplete") else 3
+        self._register(info)
+        info.healthMask = 0
         unhealthy = self._active("fabric-unhealthy", gpu) is not None
         if unhealthy:
             info.healthMask = 1 | 2 << 2 | 2 << 4 | 2 << 6 | 1 << 8  # bandwidth degraded; the other fields are well
