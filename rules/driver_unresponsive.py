@@ -42,13 +42,14 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     if blocked < limits.blocked_seconds and not timed_out:
         return
     since = _silent_since(history)
-    silent = max(blocked, latest.at - since)
+    silent = latest.at - since
     evidence = [Evidence(Source.NVML.value, "first call of the visit", f"no answer for {silent:.0f} s")]
     evidence += _kernel(history)
     tasks = latest.host.blocked_tasks if known(latest.host.blocked_tasks) else ()
     evidence += [Evidence(Source.HOST.value, f"/proc/{t.pid}/stat", f"{t.name} is in state D") for t in tasks]
     waking = _may_be_waking(history) and len(evidence) - len(tasks) == 1 and silent < limits.first_start_seconds
-    stuck = f"; {len(tasks)} tasks hang in the kernel with it ({tasks[0].name}, pid {tasks[0].pid})" if tasks else ""
+    more = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
+    stuck = f"; {tasks[0].name} (pid {tasks[0].pid}){more} hangs in the kernel with it" if tasks else ""
     doubt = (
         "; nothing has used the driver yet, and without persistence mode its first start takes up to 30 s: ask again"
     )
@@ -64,13 +65,13 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
 
 
 def _silent_since(history: History) -> float:
-    """Return when NVML began to be silent, counted back over the visits that it has not answered."""
-    since = history.now - history.latest.nvml_blocked_seconds
+    """Return when NVML began to be silent: as long ago as the visit waited, or as the visits without it go back."""
+    since = history.now
     for snapshot in reversed(history.snapshots):
         if Source.NVML in snapshot.seen:
             break
-        since = min(since, snapshot.at - snapshot.nvml_blocked_seconds)
-    return since
+        since = snapshot.at
+    return min(since, history.now - history.latest.nvml_blocked_seconds)
 
 
 def _may_be_waking(history: History) -> bool:

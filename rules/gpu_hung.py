@@ -25,6 +25,8 @@ class Limits(msgspec.Struct, frozen=True):
 
     seconds: float = 60.0
     """The map's: 100 % busy at idle power over a minute."""
+    recovered_seconds: float = 900.0
+    """A GPU that answers again is still told of this long, as a warning. guess: as for a lost one."""
     power_ratio: float = 0.2
     """Of the limit. An idle H100 draws about 70 to 120 of its 700 W; ranks that spin in a collective draw more. guess."""
 
@@ -47,13 +49,17 @@ class Limits(msgspec.Struct, frozen=True):
 def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     """Take the driver's word; without one, a GPU alone among its ranks that is busy for a minute and draws nothing."""
     events = [e for e in xid_events(history) if e.code in HANGS]
-    events = [e for e in events if e.code not in SILENCES or not answered_since(history, e.pci_address, e.last_at)]
+    over = {e for e in events if e.code in SILENCES and answered_since(history, e.pci_address, e.last_at)}
+    events = [e for e in events if e not in over or history.now - (e.at or history.now) <= limits.recovered_seconds]
     for pci_address in dict.fromkeys(event.pci_address for event in events):
         mine = [event for event in events if event.pci_address == pci_address]
         gpu = gpu_at(history.latest, pci_address)
         row = XIDS[mine[0].code]
+        again = all(event in over for event in mine)
         yield Finding(
-            summary=f"{name_at(history.latest, pci_address)}: {row.words} (Xid {row.code})",
+            summary=f"{name_at(history.latest, pci_address)}: {row.words} (Xid {row.code})"
+            + ("; NVML reads it again" if again else ""),
+            severity=Severity.WARNING if again else None,
             evidence=tuple(Evidence(Source.KERNEL_LOG.value, e.first.where, e.first.text) for e in mine),
             subject=Subject(gpus=(gpu.uuid,) if gpu else (), engine=engine_of_gpu(history, gpu.uuid) if gpu else ""),
             since=min((e.at for e in mine if e.at is not None), default=None),

@@ -15,20 +15,28 @@ from doctor.symptoms.xids import answered_since, of_this_boot, xid_events
 from rules.tables.xids import codes_of
 
 
+XIDS = codes_of("gpu-lost")
+
+
 class Limits(msgspec.Struct, frozen=True):
     """What counts as lost."""
 
     expected_gpus: int = 0
     """How many GPUs the node should have; 0: as many as its PCI tree and its driver show."""
+    recovered_seconds: float = 900.0
+    """A GPU that came back is still told of this long, as a warning. guess: the shift that reset it has seen it by then."""
 
 
 class Loss(msgspec.Struct, frozen=True):
     """One piece of proof that the GPU at an address is gone."""
 
     pci_address: str
+    words: str
     evidence: Evidence
     at: float | None
     confidence: Confidence
+    over: bool = False
+    """NVML has read the GPU since: it came back, or was reset."""
 
 
 @rule(
@@ -56,7 +64,7 @@ class Loss(msgspec.Struct, frozen=True):
 )
 def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     """Join the kernel's word, NVML's, and the GPUs that the PCI tree and the driver show but NVML does not."""
-    losses = (*_kernel(history), *_nvml(history), *_missing(history))
+    losses = (*_kernel(history, limits), *_nvml(history), *_missing(history))
     gone = dict.fromkeys(loss.pci_address for loss in losses)
     for pci_address in gone:
         yield _finding(history, tuple(loss for loss in losses if loss.pci_address == pci_address))
@@ -66,17 +74,18 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     yield from _engine_says_so(history)
 
 
-def _kernel(history: History) -> Iterator[Loss]:
-    for event in xid_events(history):
-        if event.code in codes_of("gpu-lost") and not answered_since(history, event.pci_address, event.last_at):
-            proof = Evidence(Source.KERNEL_LOG.value, event.first.where, event.first.text)
-            yield Loss(event.pci_address, proof, event.at, Confidence.HIGH)
-    for message in of_this_boot(history):
-        if not isinstance(message, NvidiaMessage) or message.kind != "gpu-lost" or message.pci_address is None:
-            continue
-        if not answered_since(history, message.pci_address, message.at):
-            proof = Evidence(Source.KERNEL_LOG.value, message.where, message.text)
-            yield Loss(message.pci_address, proof, message.at, Confidence.HIGH)
+def _kernel(history: History, limits: Limits) -> Iterator[Loss]:
+    said = [(e.pci_address, f"the kernel logged Xid {e.code}", e.first) for e in xid_events(history) if e.code in XIDS]
+    said += [
+        (message.pci_address, "the driver says that it is lost", message)
+        for message in of_this_boot(history)
+        if isinstance(message, NvidiaMessage) and message.kind == "gpu-lost" and message.pci_address
+    ]
+    for pci_address, words, line in said:
+        over = answered_since(history, pci_address, line.at)
+        if not over or history.now - (line.at or history.now) <= limits.recovered_seconds:
+            proof = Evidence(Source.KERNEL_LOG.value, line.where, line.text)
+            yield Loss(pci_address, words, proof, line.at, Confidence.HIGH, over)
 
 
 def _nvml(history: History) -> Iterator[Loss]:
@@ -84,7 +93,8 @@ def _nvml(history: History) -> Iterator[Loss]:
         if gpu.lost is True:
             since = next((at for at, past in history.of_gpu(gpu.uuid) if past.lost is True), None)
             proof = Evidence(Source.NVML.value, f"GPU {gpu.index}", "NVML answers GPU_IS_LOST")
-            yield Loss(gpu.pci_address if known(gpu.pci_address) else gpu.uuid, proof, since, Confidence.HIGH)
+            address = gpu.pci_address if known(gpu.pci_address) else gpu.uuid
+            yield Loss(address, "NVML answers GPU_IS_LOST", proof, since, Confidence.HIGH)
 
 
 def _missing(history: History) -> Iterator[Loss]:
@@ -100,11 +110,11 @@ def _missing(history: History) -> Iterator[Loss]:
         if gpu.pci_address not in listed and gpu.excluded is not True and not given_away:
             where = f"/proc/driver/nvidia/gpus/{gpu.pci_address}"
             text = f"the driver holds this GPU, NVML lists {len(latest.gpus)} others and not it"
-            yield Loss(gpu.pci_address, Evidence(Source.HOST.value, where, text), None, Confidence.HIGH)
+            yield Loss(gpu.pci_address, text, Evidence(Source.HOST.value, where, text), None, Confidence.HIGH)
     for address, at in _listed_before(history).items():
         if address not in listed and drivers.get(address, "nvidia") == "nvidia":
             text = f"NVML listed this GPU {latest.at - at:.0f} s ago and does not any more"
-            yield Loss(address, Evidence(Source.NVML.value, address, text), at, Confidence.MEDIUM)
+            yield Loss(address, text, Evidence(Source.NVML.value, address, text), at, Confidence.MEDIUM)
 
 
 def _listed_before(history: History) -> dict[str, float]:
@@ -118,11 +128,15 @@ def _finding(history: History, losses: tuple[Loss, ...]) -> Finding:
     who = f"GPU {gpu.index} ({pci_address})" if gpu else f"the GPU at {pci_address}"
     uuid = gpu.uuid if gpu else ""
     engine = engine_of_gpu(history, uuid) if uuid else ""
+    words = list(dict.fromkeys(loss.words for loss in losses))[:2]
     rank = next((r.title for s in history.snapshots for e in s.engines for r in e.ranks if uuid and r.gpu == uuid), "")
+    over = all(loss.over for loss in losses)
+    state = "fell off the bus and answers again" if over else "is gone"
     return Finding(
-        summary=f"{who} is gone: {losses[0].evidence.text}" + (f"; {rank} ran on it" if rank else ""),
+        summary=f"{who} {state}: {' and '.join(words)}" + (f"; {rank} ran on it" if rank else ""),
         evidence=tuple(loss.evidence for loss in losses),
         confidence=max(loss.confidence for loss in losses),
+        severity=Severity.WARNING if over else None,
         subject=Subject(gpus=(uuid,) if uuid else (), engine=engine),
         since=min((loss.at for loss in losses if loss.at is not None), default=None),
         facts=dict(facts_of_gpu(gpu.index, pci_address, uuid)) if gpu else {"pci-address": pci_address},

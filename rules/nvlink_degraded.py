@@ -148,9 +148,10 @@ def _finding(history: History, short: tuple[Shortfall, ...]) -> Finding:
     ends = [g.uuid for g in latest.gpus if g.pci_address in {end for s in short for end in s.far_ends}]
     who = tuple(dict.fromkeys((*(s.gpu for s in short), *ends, *lost)))
     gpu = latest.gpu(worst.gpu)
-    others = f" ({len(short)} GPUs are affected)" if len(short) > 1 else ""
+    alike = [s.gpu for s in short if (s.active, s.expected) == (worst.active, worst.expected)]
+    others = f"; {len(short) - len(alike)} more GPUs lack some" if len(short) > len(alike) else ""
     return Finding(
-        summary=f"{names_of(latest, (worst.gpu,))} has {worst.active} of {worst.expected} NVLinks{others}",
+        summary=f"{names_of(latest, alike)}: {worst.active} of {worst.expected} NVLinks are up{others}",
         evidence=tuple(s.evidence for s in short),
         confidence=max(s.confidence for s in short),
         subject=Subject(gpus=who, links=tuple(f"{s.gpu}/{link}" for s in short for link in s.down)),

@@ -85,13 +85,6 @@ def _manager(history: History, limits: Limits) -> Iterator[Trouble]:
     latest, manager, driver = history.latest, history.latest.fabric_manager, history.latest.stack.driver
     unit = manager.unit_state
     mismatch = known(manager.version) and known(driver) and manager.version != driver
-    if manager.running is False and not _just_booted(latest, limits):
-        state = f"its unit is {unit}" if known(unit) else "it has no unit" if unit.why is Why.NOT_PRESENT else str(unit)
-        proof = Evidence(Source.FABRIC_MANAGER.value, "nvidia-fabricmanager.service", f"no process; {state}")
-        yield Trouble("the fabric manager is not running", proof)
-    elif unit == "failed":
-        proof = Evidence(Source.FABRIC_MANAGER.value, "nvidia-fabricmanager.service", "ActiveState=failed")
-        yield Trouble("the fabric manager has failed", proof)
     if mismatch:
         text = f"fabric manager {manager.version}, driver {driver}"
         running = manager.running is True
@@ -101,6 +94,13 @@ def _manager(history: History, limits: Limits) -> Iterator[Trouble]:
             Evidence(Source.FABRIC_MANAGER.value, "version", text),
             severity=Severity.WARNING if running else Severity.CRITICAL,
         )
+    if manager.running is False and not _just_booted(latest, limits):
+        state = f"its unit is {unit}" if known(unit) else "it has no unit" if unit.why is Why.NOT_PRESENT else str(unit)
+        proof = Evidence(Source.FABRIC_MANAGER.value, "nvidia-fabricmanager.service", f"no process; {state}")
+        yield Trouble("the fabric manager is not running", proof)
+    elif unit == "failed":
+        proof = Evidence(Source.FABRIC_MANAGER.value, "nvidia-fabricmanager.service", "ActiveState=failed")
+        yield Trouble("the fabric manager has failed", proof)
     for message in standing_messages(history):
         if message.kind in ("fatal", "version-mismatch", "link-failure"):
             proof = Evidence(Source.FABRIC_MANAGER.value, message.where, message.text)

@@ -107,7 +107,10 @@ def _fault(history: History, case: Case) -> Finding:
     if case.pairs:
         total = len(pairs_among(latest, case.gpus))
         ways = listed(dict.fromkeys(way_between(pair) for pair in case.pairs))
-        what = f"{len(case.pairs)} of {total} pairs of {names_of(latest, case.gpus)} have no NVLink way between them ({ways})"
+        reach = (
+            "have no NVLink way between them" if any(not speaks_nvlink(p) for p in case.pairs) else "may not use theirs"
+        )
+        what = f"{len(case.pairs)} of {total} pairs of {names_of(latest, case.gpus)} {reach} ({ways})"
     else:
         what = "the engine found no NVLink between its GPUs when it started, and NVML shows it now: restart the engine"
     who = f"{case.size} tensor-parallel ranks" if case.engine else "tensor-parallel ranks would"

@@ -14,7 +14,7 @@ from doctor.machine.step import decode_step
 from doctor.machine.weights import HALF_BYTES, Model, kv_element_bytes, model_of, read_bytes_per_gpu
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
 from doctor.snapshot import Absent, Engine, Source, Why, known, or_none
-from doctor.symptoms.decoding import Decoding, decoding
+from doctor.symptoms.decoding import Decoding, decoding, lifetime
 from doctor.symptoms.engine_groups import RankGroup, rank_groups
 
 
@@ -50,9 +50,9 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
         engine = next((e for e in history.latest.engines if e.id == group.engine), None)
         if engine is None or group.size < 4:
             continue
-        load = decoding(history, engine.id, limits.window_seconds)
+        load = _load(history, engine, limits)
         if load is None:
-            yield _unknown(f"the metrics of engine {engine.pid} were not seen twice: its streams can't be counted")
+            yield _unknown(f"the metrics of engine {engine.pid} were not seen: its streams can't be counted")
         elif load.tokens and load.streams <= limits.streams_max and load.running_most <= 2 and not load.waiting_most:
             yield from _single(history, engine, group, load, limits)
 
@@ -61,13 +61,25 @@ def _unknown(why: str) -> Absent:
     return Absent(Why.NOT_ASKED, why)
 
 
+def _load(history: History, engine: Engine, limits: Limits) -> Decoding | None:
+    """Return what the engine did over the window; where that is too short, and was single, over its life."""
+    recent = decoding(history, engine.id, limits.window_seconds)
+    if recent is not None and (_is_enough(recent, limits) or not recent.tokens or recent.streams > limits.streams_max):
+        return recent
+    return lifetime(history, engine)
+
+
+def _is_enough(load: Decoding, limits: Limits) -> bool:
+    return load.seconds >= limits.least_seconds and load.tokens >= limits.least_tokens
+
+
 def _single(
     history: History, engine: Engine, group: RankGroup, load: Decoding, limits: Limits
 ) -> Iterator[Finding | Absent]:
     gpu = next((gpu for gpu in history.latest.gpus if gpu.uuid in group.gpus), None)
     card = card_of(gpu) if gpu else _unknown("the engine's GPUs were not seen")
     model = model_of(engine.model, or_none(engine.flags.quantization))
-    if load.seconds < limits.least_seconds or load.tokens < limits.least_tokens:
+    if not _is_enough(load, limits):
         yield _unknown(f"{load.tokens:.0f} tokens in {load.seconds:.0f} s are too few to judge a single stream by")
     elif not known(card):
         yield card

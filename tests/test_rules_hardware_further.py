@@ -88,8 +88,11 @@ def test_a_gpu_that_is_busy_for_nothing_alone_among_its_ranks() -> None:
 
 
 def test_a_hang_that_a_reset_ended() -> None:
-    visits = nodes.last(nodes.healthy("hgx-h100-4"), lambda s: nodes.with_kernel(s, nodes.xid(119, 1, at=s.at - 600)))
-    assert quiet(gpu_hung.RULE, visits)
+    visits = nodes.healthy("hgx-h100-4")
+    fresh = nodes.last(visits, lambda s: nodes.with_kernel(s, nodes.xid(119, 1, at=s.at - 600)))
+    assert one(gpu_hung.RULE, fresh).severity is Severity.WARNING
+    old = nodes.last(visits, lambda s: nodes.with_kernel(s, nodes.xid(119, 1, at=s.at - 6000)))
+    assert quiet(gpu_hung.RULE, old)
 
 
 # recovery-pending

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from doctor.history import History
-from doctor.snapshot import EngineMetrics, Histogram, Maybe, known
+from doctor.snapshot import Engine, EngineMetrics, Histogram, Maybe, known
 from doctor.symptoms.growth import Growth, growth
 
 
@@ -42,6 +42,22 @@ def decoding(history: History, engine: str, window_seconds: float) -> Decoding |
         running_most=max((m.running for m in pages if known(m.running)), default=0.0),
         waiting_most=max((m.waiting for m in pages if known(m.waiting)), default=0.0),
         inter_token_seconds=_mean([m.inter_token_seconds for m in pages], pages),
+    )
+
+
+def lifetime(history: History, engine: Engine) -> Decoding | None:
+    """Return what an engine decoded since it started, from the counters of its last page; None where they don't tell."""
+    page = next((m for m in history.latest.metrics if m.engine == engine.id), None)
+    if page is None or not (known(page.generation_tokens_total) and known(page.steps_total)):
+        return None
+    times = page.inter_token_seconds
+    return Decoding(
+        seconds=page.at - engine.started_at,
+        tokens=page.generation_tokens_total,
+        steps=page.steps_total,
+        running_most=page.running if known(page.running) else 0.0,
+        waiting_most=page.waiting if known(page.waiting) else 0.0,
+        inter_token_seconds=times.sum / times.counts[-1] if known(times) and times.counts[-1] else None,
     )
 
 

@@ -14,7 +14,8 @@ def name_of(gpu: Gpu) -> str:
 
 def names_of(snapshot: Snapshot, gpus: Iterable[str]) -> str:
     """Return GPUs (UUIDs) for a sentence: `GPU 0, 2 and 3`."""
-    indices = [str(gpu.index) for uuid in gpus if (gpu := snapshot.gpu(uuid)) is not None]
+    chosen = set(gpus)
+    indices = [str(gpu.index) for gpu in snapshot.gpus if gpu.uuid in chosen]
     return f"GPU {listed(indices, most=16)}" if indices else "no GPU"
 
 
