@@ -83,6 +83,7 @@ _EVENT_REASONS = {
 
 _KINDS = {"C": "compute", "G": "graphics", "C+G": "compute+graphics", "M+C": "compute"}
 
+_LINE_MAX = 1024
 _DEPTH_MAX = 16
 
 
@@ -188,7 +189,7 @@ def _tree(text: str) -> _Node:
     top = _Node("", "")
     stack: list[tuple[int, _Node]] = [(-1, top)]
     for line in text.splitlines():
-        parts = _LINE.match(line.expandtabs(8))
+        parts = _LINE.match(line[:_LINE_MAX].expandtabs(8))
         if parts is None:
             continue
         indent, node = len(parts[1]), _Node(parts[2].strip(), parts[3].strip())

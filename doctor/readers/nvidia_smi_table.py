@@ -38,6 +38,9 @@ _PROCESS = re.compile(
 )
 _NOTHING_RUNS = re.compile(r"^\| +No running processes found")
 
+_ROW_MAX = 256
+"""The table is 91 columns wide, 79 in old drivers."""
+
 _NOT_SHOWN = Absent(Why.NOT_SUPPORTED)
 _FAILED = Absent(Why.FAILED, "nvidia-smi prints ERR!")
 
@@ -72,7 +75,7 @@ def read(text: str) -> SmiReport:
     lists_processes = False
     stack = Stack()
     index: int | None = None
-    for line in text.splitlines():
+    for line in (row[:_ROW_MAX] for row in text.splitlines()):
         title, first, second, third = _TITLE.match(line), _FIRST.match(line), _SECOND.match(line), _THIRD.match(line)
         mig, process = _MIG.match(line), _PROCESS.match(line)
         if title:

@@ -20,15 +20,19 @@ WAYS = ("X", "PIX", "PXB", "PHB", "NODE", "SYS")
 """The PCIe ways, nearest first. Before driver 390 `SYS` was called `SOC`, and `NODE` was part of it."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_DEVICE = re.compile(r"GPU\d+|NIC\d+|[a-z][a-z]+\d*_(?:bond_)?\d+|[a-z]+[a-z0-9]*\d", re.ASCII)
-"""`GPU0`, `NIC12`; `mlx5_3`, `mlx5_bond_0`, `hfi1_0`, `bnxt_re0` in old drivers. Glued names separate by themselves."""
+_GLUED = re.compile(r"(?:GPU\d+|NIC\d+|mlx\d_(?:bond_)?\d+)+", re.ASCII)
+"""`GPU0`, `NIC12`, `mlx5_3` in old drivers, and several of them that a paste has glued together."""
 
-_HEADER = re.compile(rf"^[ \t]*(?:(?:{_DEVICE.pattern})[ \t]*)+(?:CPU Affinity|$)", re.ASCII)
-_TAIL = re.compile(r"CPU Affinity|NUMA Affinity|GPU NUMA ID")
+_PART = re.compile(r"GPU\d+|NIC\d+|mlx\d_(?:bond_)?\d+", re.ASCII)
+_OTHER_NIC = re.compile(r"[a-z][a-z0-9_]{0,30}\d", re.ASCII)
+"""`hfi1_0`, `bnxt_re0`, `rdmap16s27`: other network cards in old drivers."""
+
 _CELL = re.compile(r"[ \t]*(X(?=[\s\d]|$|PIX|PXB|PHB|NODE|SYS|SOC|NV\d)|PIX|PXB|PHB|NODE|SYS|SOC|NV\d{1,2})")
-_ROW = re.compile(rf"^[ \t]*({_DEVICE.pattern})(?=[ \t])(?:{_CELL.pattern})", re.ASCII)
+_ROW = re.compile(rf"^[ \t]*({_PART.pattern}|{_OTHER_NIC.pattern})(?=[ \t])(?:{_CELL.pattern})", re.ASCII)
 _NIC_NAME = re.compile(r"^\s*(NIC\d+): *(\S+)\s*$", re.ASCII)
 _GPU = re.compile(r"^GPU(\d+)$", re.ASCII)
+
+_HEADER_MAX = 8192
 
 _DEVICES_MAX = 512
 """More columns than any node has; a header with more is no header."""
@@ -147,16 +151,28 @@ def _plain(line: str) -> str:
     return _ANSI.sub("", line).rstrip("\r\n")
 
 
-def _is_header(line: str) -> bool:
-    return "GPU" in line and len(line) < 65536 and _HEADER.match(line) is not None
+def _header(line: str) -> tuple[list[str], list[str]] | None:
+    """Return the devices and the tail columns that a header names, or None where the line is none."""
+    if "GPU" not in line or len(line) > _HEADER_MAX:
+        return None
+    head, affinity, rest = line.partition(TAIL[0])
+    devices: list[str] = []
+    for word in head.split():
+        if _GLUED.fullmatch(word):
+            devices += _PART.findall(word)
+        elif _OTHER_NIC.fullmatch(word):
+            devices.append(word)
+        else:
+            return None
+    return devices, [name for name in TAIL if name in affinity + rest]
 
 
 def _end(lines: Sequence[str], start: int) -> int | None:
     """Return the number of the line after the matrix whose header begins at *start*; None: none begins there."""
-    if "GPU0" not in lines[start] or not _is_header(_plain(lines[start])):
+    if "GPU0" not in lines[start] or _header(_plain(lines[start])) is None:
         return None
     number = start + 1
-    while number < len(lines) and number < start + 8 and _is_header(_plain(lines[number])):
+    while number < len(lines) and number < start + 8 and _header(_plain(lines[number])) is not None:
         number += 1  # a header that the paste broke
     rows = number
     while number < len(lines) and _is_row(_plain(lines[number]), number > rows):
@@ -203,11 +219,9 @@ def _matrix(lines: Sequence[str]) -> TopoMatrix | None:
             found = _row(line, row[1], devices, tail)
             if found is not None:
                 rows.append(found)
-        elif _is_header(line) and not rows:
-            first = _TAIL.search(line)
-            end = first.start() if first else len(line)
-            devices += _DEVICE.findall(line, 0, end)
-            tail += [name for name in TAIL if name in line]
+        elif not rows and (header := _header(line)) is not None:
+            devices += header[0]
+            tail += header[1]
         else:
             nic = _NIC_NAME.match(line)
             if nic:
