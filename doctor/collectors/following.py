@@ -62,10 +62,11 @@ class FollowedFile:
         """Yield what is new. Raises OSError when the name can't be opened; what a renamed file still held comes first."""
         left = self.most_bytes
         if self._file is not None:
+            named = self._is_named()  # asked first: what is written before the renaming is then read below
             for piece in self._new(self._file, left):
                 left -= len(piece.data)
                 yield piece
-            if left <= 0 or self._is_named():
+            if left <= 0 or named:
                 return
             self._let_go()
         file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

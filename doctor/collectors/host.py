@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Iterator
@@ -197,7 +196,7 @@ def blocked_tasks(root: Path, engine_pids: frozenset[int]) -> Maybe[tuple[Blocke
     """Return the tasks in state D that are the driver's, its tools' or an engine's."""
     blocked: list[BlockedTask] = []
     try:
-        folders = [Path(entry.path) for entry in os.scandir(root / "proc") if entry.name.isdigit()]
+        folders = [folder for folder in (root / "proc").iterdir() if folder.name.isdigit()]
     except OSError as e:
         return files.why_not(e, root / "proc")
     for folder in folders:

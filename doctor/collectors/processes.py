@@ -105,11 +105,10 @@ def _arguments(command: bytes) -> tuple[str, ...]:
 def processes(root: Path) -> Iterator[Process]:
     """Yield the processes of a root. Raises OSError when /proc can't be read."""
     boot = booted_at(root)
-    for entry in os.scandir(root / "proc"):
-        if entry.name.isdigit():
-            process = process_of(Path(entry.path), boot)
-            if process is not None:
-                yield process
+    for folder in (root / "proc").iterdir():
+        process = process_of(folder, boot) if folder.name.isdigit() else None
+        if process is not None:
+            yield process
 
 
 def environment_of(root: Path, pid: int) -> dict[str, str]:

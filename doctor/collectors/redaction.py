@@ -20,7 +20,7 @@ _WORD = re.compile(r"[a-z0-9]+|[A-Z]+(?![a-z])|[A-Z][a-z0-9]*")
 
 _SECRET_IN_TEXT = re.compile(
     r"""(?ix)
-    (?P<name> (?: (?<=[_"'-]) (?:token|key) | secret | passw(?:or)?d | passphrase | apikey | credentials? | authorization )
+    (?P<name> (?: (?<=[_"'-]) (?:token|key) | \btoken(?==) | secret | passw(?:or)?d | passphrase | apikey | credentials? | authorization )
               ["']? \s* [:=] \s* )
     (?P<value> \[ [^\]]* \]? | "[^"]*"? | '[^']*'? | (?!none\b|null\b|true\b|false\b) [^\s,;}})\]]+ )
     """

@@ -83,6 +83,8 @@ def _engine_stack(root: Path, engine: Engine) -> EngineStack | Absent:
     distribution = DISTRIBUTIONS.get(engine.kind, "")
     found: dict[str, str] = {}
     for site in sites:
+        for name, version in _of_torch(inside, site):  # before the distribution's, which lacks the build suffix
+            found.setdefault(name, version)
         for name, version in _distributions(site):
             if name == distribution:
                 found.setdefault("engine", version)
@@ -90,8 +92,6 @@ def _engine_stack(root: Path, engine: Engine) -> EngineStack | Absent:
                 found.setdefault("torch", version)
             elif name.startswith("nvidia_nccl_cu"):
                 found.setdefault("nccl", version)
-        for name, version in _of_torch(inside, site):
-            found.setdefault(name, version)
     if not found:
         return Absent(Why.NOT_PRESENT, "no Python environment with its packages found from its command line")
     no_such = Absent(Why.NOT_PRESENT, "not among the installed distributions")

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -195,7 +195,7 @@ def _merged(at: float, node: Node, answers: Sequence[tuple[Source, _Answer]]) ->
 def _joined(one: Any, other: Any) -> Any:
     """Return what two collectors say of the same thing: of a record each its fields, of a list all."""
     if isinstance(one, tuple) and isinstance(other, tuple):
-        return one + other
+        return (*cast("tuple[Any, ...]", one), *cast("tuple[Any, ...]", other))
     if isinstance(one, msgspec.Struct) and type(one) is type(other):
         defaults = type(one)()
         told = {
