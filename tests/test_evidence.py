@@ -213,6 +213,10 @@ def test_two_commands_on_two_ports_are_two_engines(folder: Folder) -> None:
     assert len({engine.id for engine in visit.engines}) == 2
 
 
+def test_a_sentence_about_an_engine_is_no_command(folder: Folder) -> None:
+    assert folder.visit(LOG + "vllm serve is hanging since this morning\n").engines == ()
+
+
 def test_a_report_whose_vllm_is_unknown_makes_no_engine(folder: Folder) -> None:
     assert folder.visit(COLLECT_ENV.replace("0.9.1", "N/A")).engines == ()
 

@@ -340,6 +340,9 @@ class _Gathered:
                 msg = f"{path}: is a recording; a recording is judged by itself: gpu-doctor check --replay {path}"
                 raise EvidenceError(msg)
             coding = _UTF_16.get(first[:2])
+            if coding and len(first) == FIRST_BYTES:
+                msg = f"{path}: is UTF-16 and longer than {FIRST_BYTES >> 20} MiB: convert it to UTF-8 first"
+                raise EvidenceError(msg)
             if coding:  # PowerShell writes so
                 first = first.decode(coding, "replace").encode()
             elif _is_binary(first):
@@ -458,8 +461,8 @@ class _Gathered:
             self.manager = systemctl_status.with_more(self.manager, status)
         elif kind == "command-line":
             command = command_line.read_shell(text)
-            if command is None:
-                return False
+            if command is None or not any(word.startswith("-") or "/" in word for word in command.arguments[1:]):
+                return False  # a sentence that begins with the words
             self.commands.append(command)
         return True
 
