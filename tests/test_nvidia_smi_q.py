@@ -125,6 +125,11 @@ def test_a_lost_gpu_between_two_others_is_lost_and_they_are_not() -> None:
     assert why(report.gpus[2].thermal.gpu_celsius) is Why.LOST
 
 
+def test_a_log_of_one_gpu_among_several_knows_which() -> None:
+    (gpu,) = nvidia_smi_q.read("Attached GPUs : 8\nGPU 00000000:18:00.0\n    Minor Number : 5\n").gpus
+    assert (gpu.index, gpu.uuid) == (5, "index:5")
+
+
 def test_active_reasons_and_an_unhealthy_fabric_are_told_by_their_names() -> None:
     (gpu,) = nvidia_smi_q.read(
         "GPU 00000000:18:00.0\n    Clocks Throttle Reasons\n        Idle : Not Active\n        HW Slowdown : Active\n"

@@ -328,9 +328,7 @@ class _Gathered:
 
     def take(self, path: Path, name: str) -> bool:
         """Take what the file holds, and return whether it holds anything. Raises EvidenceError."""
-        before = len(self.kinds)
-        found = self.kinds
-        self.kinds = set()
+        before, self.kinds = self.kinds, set()
         with _opened(path) as file:
             first = _read(file, FIRST_BYTES, path)
             if not first:
@@ -349,8 +347,9 @@ class _Gathered:
                 msg = f"{path}: is not text"
                 raise EvidenceError(msg)
             self._text(file, first, path, name)
-        mine, self.kinds = self.kinds, found | self.kinds
-        return bool(mine) or len(self.kinds) > before
+        found = bool(self.kinds)
+        self.kinds |= before
+        return found
 
     def _text(self, file: BinaryIO, first: bytes, path: Path, name: str) -> None:
         if len(first) < FIRST_BYTES and model_config.recognises(first):
@@ -361,26 +360,24 @@ class _Gathered:
         is_engine = _ENGINE_RECORD.search(data) is not None or (
             not is_kernel and _ENGINE_TRACE.search(data) is not None
         )
+        only_engine = is_engine and not is_kernel
         kernel = kernel_log.KernelLogReader(name, now=self.now)
         engine = LogReader(name)
         events: list[KernelEvent] = []
-        position = len(first)
-        goes_on = True
+        begins = goes_on = True
         while goes_on:
             following = _read(file, CHUNK_BYTES, path)
             goes_on = bool(following)
-            if is_kernel or not is_engine or not goes_on or position == len(first):
+            if not only_engine or begins or not goes_on:
                 events = _bounded([*events, *kernel.feed(data)])
             elif kernel.lines:
                 # A busy engine log is read at the speed of the disk: the kernel is looked for at its two ends only.
                 events = _bounded([*events, *kernel.finish()])
                 kernel = kernel_log.KernelLogReader(f"{name} (last part)", now=self.now)
-            if is_engine:
+            if is_engine or not is_kernel:
                 engine.feed(_DRIVER_LINE.sub(_blanked, data) if is_kernel else data, self.now)
-            elif not is_kernel:
-                engine.feed(data, self.now)
-            position += len(following)
-            data = following if is_engine and not is_kernel else self._without_documents(following, name)
+            begins = False
+            data = following if only_engine else self._without_documents(following, name)
         self._kernel(_bounded([*events, *kernel.finish()]), kernel, is_kernel=is_kernel)
         self._engine(engine, is_engine=is_engine)
 

@@ -150,6 +150,9 @@ def read(text: str) -> SmiReport:
             gpus.append(_gpu(node, len(gpus)))
     if not gpus and any(_PART.match(" " * 4 + child.label) for child in top.children):
         gpus.append(_gpu(top, 0))  # a part without its GPU: the first one, for want of a better name
+    attached = _value(top.under("Attached GPUs"), _integer)
+    if isinstance(attached, int) and attached > len(gpus):
+        gpus = _by_minor_number(top, gpus)
     driver = _text(top.under("KMD Version", "Driver Version"))
     cuda = _text(top.under("CUDA UMD Version", "CUDA Version"))
     return SmiReport(
@@ -157,6 +160,20 @@ def read(text: str) -> SmiReport:
         stack=Stack(driver=_version(driver), cuda_driver=_version(cuda)),
         gpus=with_known_uuids(gpus),
     )
+
+
+def _by_minor_number(top: _Node, gpus: list[Gpu]) -> list[Gpu]:
+    """Return the GPUs of `nvidia-smi -q -i N`, whose place in the log is not their index, by their device files' numbers."""
+    nodes = [node for node in top.children if _GPU.match(node.label) and node.children]
+    numbers = [_value(node.under("Minor Number"), _integer) for node in nodes]
+    if len(nodes) != len(gpus) or not all(isinstance(number, int) for number in numbers):
+        return gpus
+    renumbered: list[Gpu] = []
+    for gpu, number in zip(gpus, numbers, strict=True):
+        index = number if isinstance(number, int) else gpu.index
+        uuid = f"index:{index}" if gpu.uuid.startswith("index:") else gpu.uuid
+        renumbered.append(msgspec.structs.replace(gpu, index=index, uuid=uuid))
+    return renumbered
 
 
 def with_known_uuids(gpus: list[Gpu]) -> tuple[Gpu, ...]:
