@@ -71,7 +71,8 @@ def picture(screen: str, width: int) -> str:
     lines = screen.splitlines()
     size = f'width="{width * COLUMN + 32:.0f}" height="{len(lines) * LINE + 32}"'
     body = "\n".join(
-        f'<text x="16" y="{16 + SIZE + number * LINE}">{"".join(spans(line))}</text>'
+        f'<text x="{16 + (len(line) - len(line.lstrip())) * COLUMN:.1f}" y="{16 + SIZE + number * LINE}">'
+        f"{''.join(spans(line.lstrip()))}</text>"
         for number, line in enumerate(lines)
         if line
     )
@@ -83,9 +84,10 @@ def picture(screen: str, width: int) -> str:
 
 def spans(line: str) -> Iterator[str]:
     """Yield the parts of a coloured line as SVG."""
-    for code, text in re.findall(r"(?:\x1b\[([\d;]+)m)?([^\x1b]+)", line):
+    for code, text in re.findall(r"(?:^|\x1b\[([\d;]*)m)([^\x1b]*)", line):
         style = STYLES.get(code)
-        yield f'<tspan class="{style}">{escape(text)}</tspan>' if style else escape(text)
+        kept = escape(text).replace(" ", "\u00a0")  # not every renderer honours `white-space: pre`
+        yield f'<tspan class="{style}">{kept}</tspan>' if style else kept
 
 
 def screen() -> str:
