@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doctor.collectors import files, redaction
+from doctor.collectors import files, programs, redaction
 from doctor.collectors.collector import CannotSeeError, Collector, Reading, Visit
 from doctor.collectors.engine_log import EngineLogs
 from doctor.collectors.engine_metrics import MetricsPages, page_at
@@ -729,6 +729,51 @@ def test_a_real_engine_is_found_and_its_log_followed_through_a_rename(tmp_path: 
         assert signals(seen(collector, engine, at=time.time())) == ["engine-fatal"]
         child.stdin.close()
         collector.close()
+
+
+# Other programs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Make a program of a line of shell, and return how to start it."""
+
+    def make(shell: str) -> list[str]:
+        path = tmp_path / "asked"
+        path.write_text(f"#!/bin/sh\n{shell}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return ["asked"]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("shell", "why", "words"),
+    [
+        ("echo 'Failed to open: Permission denied' >&2; exit 1", Why.NO_PERMISSION, "Permission denied"),
+        ("echo 'the bus is down' >&2; exit 1", Why.FAILED, "asked: the bus is down"),
+        ("exit 3", Why.FAILED, "exit code 3"),
+        ("exec sleep 30", Why.TIMED_OUT, "within 0.2 s"),
+    ],
+)
+def test_a_program_that_does_not_answer_says_why(
+    program: Callable[[str], list[str]], shell: str, why: Why, words: str
+) -> None:
+    with pytest.raises(CannotSeeError) as caught:
+        programs.answer_of(program(shell), 0.2 if why is Why.TIMED_OUT else 5)
+    assert caught.value.why.why is why
+    assert words in caught.value.why.detail
+
+
+def test_a_program_that_is_not_there_is_said() -> None:
+    with pytest.raises(CannotSeeError, match="there is no no-such-program"):
+        programs.answer_of(["no-such-program"], 1)
+
+
+def test_of_a_long_answer_the_end_is_read(program: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "MOST_BYTES", 30)
+    assert programs.answer_of(program("seq 1 1000"), 5) == b"994\n995\n996\n997\n998\n999\n1000\n"
 
 
 # The engine's metrics --------------------------------------------------------------------------------------------

@@ -214,6 +214,11 @@ def test_a_fault_that_is_none_is_refused_at_once(faults: tuple[str, ...]) -> Non
         simulated.node("dgx-h100-4of8", faults)
 
 
+def test_a_fault_of_the_engine_is_on_a_gpu_of_the_engine() -> None:
+    with pytest.raises(FaultError, match="does not use GPU 3"):
+        simulated.node("h100-nvl-4", ("application-fault:gpu=3",))
+
+
 def test_faults_of_switches_need_switches() -> None:
     for fault in ("fabric-manager-dead", "sxid:code=12028", "pcie-fallback"):
         with pytest.raises(FaultError):

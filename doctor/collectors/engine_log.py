@@ -112,7 +112,7 @@ class _JournalLog:
         self._cursor: str | None = None
 
     def read(self, at: float) -> LogReading:
-        since = [f"--after-cursor={self._cursor}"] if self._cursor else ["--boot=0", "--lines=100000"]
+        since = [f"--after-cursor={self._cursor}"] if self._cursor else ["--boot=0", "--lines=50000"]
         answer = answer_of([*self._arguments, *since], 4.0)
         cursor = _CURSOR.search(answer)
         if cursor:

@@ -7,6 +7,7 @@ import http.client
 import re
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,6 +22,10 @@ DEFAULT_PORT = 8000
 
 PATIENCE_SECONDS = 2.0
 """guess: a page of 600 lines takes milliseconds; an API server under full load may take a second."""
+
+LEAST_SECONDS = 0.2
+"""For an engine whose turn comes after slow ones."""
+MARGIN_SECONDS = 0.5
 
 MOST_BYTES = 16 << 20
 """A page of vLLM 0.32 with one engine has 90 KB."""
@@ -48,12 +53,15 @@ class MetricsPages:
 
     def collect(self, visit: Visit) -> Reading:
         """Ask each engine. Raises CannotSeeError when there is no page to read."""
+        until = time.monotonic() + self.deadline_seconds - MARGIN_SECONDS
         pages: list[EngineMetrics] = []
         unseen: list[Unseen] = []
         for name, urls in self._wanted(visit.engines):
             own = [url for url in urls if self._of_this_node(url, visit.engines)]
             page = (
-                _first_page(name, own, visit.at) if own or not urls else Absent(Why.NOT_ASKED, _FOREIGN.format(urls[0]))
+                _first_page(name, own, visit.at, until)
+                if own or not urls
+                else Absent(Why.NOT_ASKED, _FOREIGN.format(urls[0]))
             )
             if isinstance(page, Absent):
                 unseen.append(Unseen(self.source, page, f"metrics of engine {name}"))
@@ -131,30 +139,30 @@ def _is_own(host: str) -> bool:
     return False
 
 
-def _first_page(name: str, urls: list[str], at: float) -> EngineMetrics | Absent:
+def _first_page(name: str, urls: list[str], at: float, until: float) -> EngineMetrics | Absent:
     why = Absent(Why.NOT_PRESENT, "no address of the engine is known")
     for url in urls:
-        page = _page(url, name, at)
+        page = _page(url, name, at, min(PATIENCE_SECONDS, max(LEAST_SECONDS, until - time.monotonic())))
         if not isinstance(page, Absent):
             return page
         why = page
     return why
 
 
-def _page(url: str, name: str, at: float) -> EngineMetrics | Absent:
+def _page(url: str, name: str, at: float, patience_seconds: float) -> EngineMetrics | Absent:
     try:
-        text = page_at(url)
+        text = page_at(url, patience_seconds)
     except (OSError, http.client.HTTPException, ValueError) as e:
         if isinstance(e, ConnectionRefusedError):
             return Absent(Why.FAILED, f"nothing listens at {url}: the engine is starting, stopped, or on another port")
         if isinstance(e, TimeoutError):
-            return Absent(Why.TIMED_OUT, f"{url} did not answer within {PATIENCE_SECONDS:g} s")
+            return Absent(Why.TIMED_OUT, f"{url} did not answer within {patience_seconds:.1f} s")
         return Absent(Why.FAILED, f"{url}: {e or type(e).__name__}")
     page = vllm_metrics.read(text, engine=name, at=at, url=url)
     return page or Absent(Why.FAILED, f"{url} is not the metrics page of a vLLM")
 
 
-def page_at(url: str) -> str:
+def page_at(url: str, patience_seconds: float = PATIENCE_SECONDS) -> str:
     """Return the page, at most MOST_BYTES of it. No proxy, no redirect, no credentials.
 
     Raises OSError, http.client.HTTPException, or ValueError for what is no URL and for any answer but 200.
@@ -170,9 +178,9 @@ def page_at(url: str) -> str:
         unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         unverified.check_hostname = False
         unverified.verify_mode = ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(host, port, timeout=PATIENCE_SECONDS, context=unverified)
+        connection = http.client.HTTPSConnection(host, port, timeout=patience_seconds, context=unverified)
     else:
-        connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_SECONDS)
+        connection = http.client.HTTPConnection(host, port, timeout=patience_seconds)
     try:
         connection.request("GET", parts.path or "/metrics", headers={"Accept": "text/plain", "Connection": "close"})
         answer = connection.getresponse()

@@ -14,7 +14,7 @@ MOST_BYTES = 32 << 20
 
 
 def answer_of(arguments: list[str], deadline_seconds: float) -> bytes:
-    """Return what the program writes to its standard output, at most MOST_BYTES of it.
+    """Return what the program writes to its standard output; of more than MOST_BYTES the end, in whole lines.
 
     Raises CannotSeeError when there is no such program, or when it fails, or takes too long.
     """
@@ -33,8 +33,11 @@ def answer_of(arguments: list[str], deadline_seconds: float) -> bytes:
                 process.kill()
                 why = Absent(Why.TIMED_OUT, f"{name} did not answer within {deadline_seconds:g} s")
                 raise CannotSeeError(why) from None
-        out.seek(0)
+        begin = max(0, out.seek(0, os.SEEK_END) - MOST_BYTES)
+        out.seek(begin)
         answer = out.read(MOST_BYTES)
+        if begin:
+            answer = answer[answer.find(b"\n") + 1 :]
         if code != 0 and not answer:
             words.seek(0)
             said = words.read(4096).decode("utf-8", "replace").strip().splitlines()

@@ -145,7 +145,8 @@ class _Life:
 
     def _pass(self) -> None:
         while not self._over.wait(TICK_SECONDS):
-            self._tell()
+            with contextlib.suppress(OSError):  # no space left, or its port was taken: it stays as it is
+                self._tell()
 
     def _tell(self) -> None:
         drill = self._root.drill

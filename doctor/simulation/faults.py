@@ -366,6 +366,8 @@ def _fits(fault: Fault, node: Profile, text: str) -> None:
         raise FaultError(f"{text}: {node.product.name} has no MIG")
     if fault.name == "symbol-missing" and not str(fault.params["name"]).startswith("nvml"):
         raise FaultError(f"{text}: {fault.params['name']!r} is no function of NVML; they begin with nvml")
+    if fault.name == "application-fault" and gpu not in node.workload.gpus:
+        raise FaultError(f"{text}: the engine of {node.name} does not use GPU {gpu}")
     rank = fault.params.get("rank")
     if rank is not None and int(rank) >= node.workload.tensor_parallel_size:
         raise FaultError(f"{text}: the engine has ranks 0 to {node.workload.tensor_parallel_size - 1}, not {rank}")
