@@ -72,6 +72,7 @@ class NvmlCollector:
             self._command += ["--library", library, "--spec", spec]
         self._child: subprocess.Popen[bytes] | None = None
         self._received = bytearray()
+        self._decoder = msgspec.msgpack.Decoder(Answer)
         self._asked: Ask | None = None
         self._asked_at = 0.0
         self._number = 0
@@ -195,7 +196,7 @@ class NvmlCollector:
                 raise self._gone(child)
             self._received += piece
         try:
-            return msgspec.msgpack.decode(body, type=Answer)
+            return self._decoder.decode(body)
         except msgspec.DecodeError as e:
             raise self._garbage() from e
 

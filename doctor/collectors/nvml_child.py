@@ -238,6 +238,7 @@ class Device:
         self.samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
         self._fixed: dict[tuple[Any, ...], Any] = {}
         self._fixed_fields: dict[int, Maybe[float]] = {}
+        self._links_before: dict[int, tuple[tuple[Maybe[float], ...], NvLink]] = {}
         self._link_versions: dict[int, Maybe[str]] = {}
         self._remotes: dict[int, tuple[Maybe[str], Maybe[str]]] = {}
         self._gpm_samples: tuple[Any, Any] | None = None
@@ -540,11 +541,16 @@ class Device:
         wanted = (LINK_STATE, LINK_RECOVERY_EVENTS, LINK_SPEED) if blackwell else LINK_FIELDS
         asked = [(field, link) for link in range(int(count)) for field in wanted]
         values = iter(field_values(self.handle, asked) if asked else ())
-        # Each link takes its own values off the one row of them.
-        return tuple(self._link(link, *row) for link, row in enumerate(zip(*[values] * len(wanted), strict=True)))
+        rows = enumerate(zip(*[values] * len(wanted), strict=True))  # each link takes its own off the one row of them
+        return tuple(self._same_link(link, row) or self._link(link, row) for link, row in rows)
 
-    def _link(self, link: int, state: Maybe[float], *row: Maybe[float]) -> NvLink:
-        *errors, speed = row
+    def _same_link(self, link: int, row: tuple[Maybe[float], ...]) -> NvLink | None:
+        """Return what was said of a link at the last visit, if its numbers are the same still."""
+        before = self._links_before.get(link)
+        return before[1] if before is not None and before[0] == row else None
+
+    def _link(self, link: int, row: tuple[Maybe[float], ...]) -> NvLink:
+        state, *errors, speed = row
         if len(errors) == 1:
             replays, recoveries, crc = NOT_SUPPORTED, errors[0], NOT_SUPPORTED
         elif isinstance(state, Absent):  # Before driver 520 there are no such fields.
@@ -554,7 +560,7 @@ class Device:
             replays, recoveries, crc = errors
         active = state if isinstance(state, Absent) else state == 1
         remote, remote_pci = self._remote(link, active)
-        return NvLink(
+        found = NvLink(
             link=link,
             active=active,
             version=self._link_version(link),
@@ -565,6 +571,9 @@ class Device:
             recovery_errors_total=counted(recoveries),
             crc_errors_total=counted(crc),
         )
+        if known(row[0]):  # else its state was asked by itself, and is not in the row
+            self._links_before[link] = row, found
+        return found
 
     def _link_version(self, link: int) -> Maybe[str]:
         version = self._link_versions.get(link)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -85,6 +86,7 @@ def worded(value: Maybe[float], words: Mapping[int, str], other: str = "unknown"
     return value if isinstance(value, Absent) else words.get(int(value), other)
 
 
+@cache
 def hollow(struct_type: type[T], why: Absent) -> T:
     """Return a struct of which every value is missing for the same reason."""
     return struct_type(
