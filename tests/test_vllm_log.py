@@ -247,6 +247,16 @@ def test_the_same_words_of_one_process_are_one_event_with_a_count() -> None:
     assert (first.count, second.count) == (5, 1)
 
 
+def test_a_repetition_after_a_sign_of_progress_stands_on_its_own() -> None:
+    error, served = "KeyError: 'x'\n", access("200 OK")
+    stats = "INFO 11-20 08:00:00 [l.py:1] Engine 000: Avg prompt throughput: 0.0 tokens/s, Avg generation throughput: 9.0 tokens/s, Running: 1 reqs, Waiting: 0 reqs\n"
+    for between in (served, stats):
+        assert [e.where for e in events_of(error + between + error) if e.signal == "exception"] == [
+            "vllm.log:1",
+            "vllm.log:3",
+        ]
+
+
 def access(status: str, path: str = "/v1/chat/completions", method: str = "POST") -> str:
     return f'INFO:     127.0.0.1:5 - "{method} {path} HTTP/1.1" {status}\n'
 

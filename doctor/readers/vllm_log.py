@@ -71,6 +71,9 @@ class LogReader:
         self._traces: dict[tuple[str, int | None], _Trace] = {}
         self._before = b""
         """The end of what was read before the present block."""
+        self._row_lasts = False
+        """Whether no sign of progress stands between the last event and here: a repetition is one in a row."""
+        self._row_position = 0
         self._begin_visit()
 
     def _begin_visit(self) -> None:
@@ -159,12 +162,15 @@ class LogReader:
                 self._note_stats(number, line)
             else:
                 self._look_at(line, number, block, counted)
+        self._row_lasts = self._row_lasts and block.find(_POST, self._row_position) < 0
+        self._row_position = 0
         number += block.count(b"\n", counted)
         self._line = number + 1
         self._lines += number - before
         self._before = (self._before + block[-_BEFORE_BYTES:])[-_BEFORE_BYTES:]
 
     def _note_stats(self, number: int, line: bytes) -> None:
+        self._row_lasts = False
         self._stats.append((number, line))
         self._first_stats = self._first_stats or (number, line)
 
@@ -195,7 +201,9 @@ class LogReader:
                 rank=record.rank if record.rank is not None else _rank_fact(facts),
                 facts=facts,
             )
-            if self._kept.add((number, n), event) and signal in _WITH_TRACE:
+            in_a_row = self._row_lasts and block.find(_POST, self._row_position, position) < 0
+            self._row_lasts, self._row_position = True, position
+            if self._kept.add((number, n), event, in_a_row=in_a_row) and signal in _WITH_TRACE:
                 before = (self._before + block[max(0, position - _BEFORE_BYTES) : position])[-_BEFORE_BYTES:]
                 self._kept.complete(_with_trace(event, _trace_in(before, event)))
 
@@ -322,7 +330,7 @@ class _KeptEvents:
         self.last_at: float | None = None
         self._latest: _KeptOfSignal | None = None
 
-    def add(self, place: tuple[int, int], event: EngineEvent) -> bool:
+    def add(self, place: tuple[int, int], event: EngineEvent, *, in_a_row: bool) -> bool:
         """Keep an event, or count it with the one before it that says the same; whether it stands on its own."""
         if event.signal in _IDENTITY_SIGNALS:
             if self._has_run:
@@ -333,8 +341,9 @@ class _KeptEvents:
         kept = self._lives[-1].get(event.signal)
         if kept is None:
             kept = self._lives[-1][event.signal] = _KeptOfSignal()
-        self._latest = kept
-        return kept.add(place, event)
+        if self._latest is not kept:
+            self._latest, in_a_row = kept, False
+        return kept.add(place, event, in_a_row=in_a_row)
 
     def complete(self, event: EngineEvent) -> None:
         """Put *event* in the place of the one that was added last."""
@@ -362,10 +371,10 @@ class _KeptOfSignal:
         self.last: deque[tuple[tuple[int, int], EngineEvent]] = deque()
         self.seen = self.dropped = 0
 
-    def add(self, place: tuple[int, int], event: EngineEvent) -> bool:
+    def add(self, place: tuple[int, int], event: EngineEvent, *, in_a_row: bool) -> bool:
         self.seen += 1
         end = self.last or self.first
-        if end and _same(end[-1][1], event):
+        if in_a_row and _same(end[-1][1], event):
             end[-1] = (end[-1][0], msgspec.structs.replace(end[-1][1], count=end[-1][1].count + 1))
             return False
         if len(self.first) < FIRST_KEPT:
