@@ -391,7 +391,7 @@ class _KeptOfSignal:
 
 
 def _same(one: EngineEvent, other: EngineEvent) -> bool:
-    return one.process == other.process and one.pid == other.pid and one.text == other.text
+    return (one.process, one.pid, one.rank, one.text) == (other.process, other.pid, other.rank, other.text)
 
 
 class _Served(msgspec.Struct, frozen=True):
