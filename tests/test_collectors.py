@@ -1116,3 +1116,25 @@ def test_a_snapshot_of_this_machine_travels_through_a_recording() -> None:
     (snapshot,) = live.every(1, live.without_nvml(Path("/")), 1)
     encoded = msgspec.json.encode(snapshot)
     assert msgspec.json.decode(encoded, type=Snapshot) == snapshot
+
+
+# Real process tables ---------------------------------------------------------------------------------------------
+
+SAMPLES = Path(__file__).parent.parent.parent / "shared" / "samples" / "live" / "v0.32.0"
+
+
+@pytest.mark.parametrize(
+    ("run", "ranks"),
+    [("normal_small", ["Worker"]), ("tp2_normal", ["Worker_TP0", "Worker_TP1"]), ("apiservers2", ["Worker"])],
+)
+def test_the_process_table_of_a_real_engine_is_one_engine(root: Root, run: str, ranks: list[str]) -> None:
+    table = SAMPLES / run / "ps_ready.txt"
+    if not table.exists():
+        pytest.skip("the shared samples are not beside this checkout")
+    for line in table.read_text().splitlines()[1:]:
+        pid, parent, _, state, _, _, name, *arguments = line.split()
+        root.process(int(pid), tuple(arguments), parent=int(parent), name=name, state=state[0])
+    engine = engine_of(root)
+    assert engine.kind == "vllm"
+    assert [rank.title for rank in engine.ranks] == [f"VLLM::{name}" for name in ranks]
+    assert [rank.rank for rank in engine.ranks] == list(range(len(ranks)))
