@@ -30,7 +30,7 @@ from doctor.simulation.nvml import library
 from doctor.simulation.physics import Drill
 
 RATIO_MAX = 1.5
-ROUNDS = 60
+ROUNDS = 90
 REST_SECONDS = 0.11
 """Between rounds: GPM gives nothing for samples that lie closer together."""
 
@@ -80,13 +80,16 @@ def main() -> int:
     collector = NvmlCollector(root=None, library="doctor.simulation.nvml", spec=spec)
     first = milliseconds(lambda: collector.collect(Visit(at=time.time())))
     try:
-        bares, visits, collects = [], [], []
+        sides: list[tuple[Callable[[], object], list[float]]] = [
+            (bare, bares := []),
+            (lambda: frame(opened.visit(Ask(0))), visits := []),
+            (lambda: collector.collect(Visit(at=time.time())), collects := []),
+        ]
         for _ in range(ROUNDS):
             time.sleep(REST_SECONDS)
-            bares.append(milliseconds(bare))
-            time.sleep(REST_SECONDS)
-            visits.append(milliseconds(lambda: frame(opened.visit(Ask(0)))))
-            collects.append(milliseconds(lambda: collector.collect(Visit(at=time.time()))))
+            sides.append(sides.pop(0))  # each is the first after the rest as often as the others
+            for work, times in sides:
+                times.append(milliseconds(work))
     finally:
         collector.close()
 
