@@ -14,7 +14,7 @@ _MISSING = Absent(Why.NOT_GIVEN, "collect_env does not say")
 _NOT_COLLECTED = Absent(Why.FAILED, "collect_env could not collect it")
 
 _BEGIN = re.compile(
-    r"^(?:Collecting environment information|PyTorch version +?:|PyTorch version:|={10,}\s*\n\s+System Info\s*$)",
+    r"^(?:Collecting environment information|PyTorch version +?:|PyTorch version:|={10,}[ \r]*\n[ \t]+System Info[ \r]*$)",
     re.MULTILINE,
 )
 _VLLM = re.compile(r"^vLLM Version *: *(.*)$", re.MULTILINE)

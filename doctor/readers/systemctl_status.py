@@ -14,9 +14,9 @@ _UNIT = re.compile(r"^(?:(\S{1,3}) )?nvidia-fabricmanager\.service(?: - .*)?$", 
 _NO_UNIT = re.compile(r"^Unit nvidia-fabricmanager\.service could not be found", re.MULTILINE)
 _SYMBOLS = {"×": "failed", "○": "inactive"}
 """What the sign before the name says; `●` is both active and, before systemd 249, failed."""
-_ACTIVE = re.compile(r"^\s+Active: ([a-z-]+)", re.MULTILINE)
-_MAIN = re.compile(r"^\s+Main PID: \d+ (?:\(nv-fabricmanage)?", re.MULTILINE)
-_EXITED = re.compile(r"^\s+Main PID: \d+ \(code=", re.MULTILINE)
+_ACTIVE = re.compile(r"^[ \t]+Active: ([a-z-]+)", re.MULTILINE)
+_MAIN = re.compile(r"^[ \t]+Main PID: \d+ (?:\(nv-fabricmanage)?", re.MULTILINE)
+_EXITED = re.compile(r"^[ \t]+Main PID: \d+ \(code=", re.MULTILINE)
 _BODY = re.compile(r"^(?:\s|$|[A-Z][a-z]{2} +\d+ \d\d:\d\d:\d\d |TriggeredBy:|Warning: |Hint: |lines \d)")
 
 
