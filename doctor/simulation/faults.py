@@ -49,7 +49,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     parameters: tuple[Parameter, ...] = ()
     activity: str = ""
     """What the GPUs do meanwhile: `idle`, `spinning` (100 % busy at low power), or as usual.
-    All GPUs of the engine, or the one of the parameter `gpu`, or with `spares_gpu` all but that one."""
+    All GPUs of the engine, or the one of the parameter `gpu`, or with `spares_gpu` all but that one, which does nothing."""
     spares_gpu: bool = False
     ends_engine_after_seconds: float | None = None
     """The engine dies this long after the beginning, and its GPUs are left idle and empty; None: it lives."""

@@ -328,8 +328,8 @@ class Physics:
             return "idle"
         for fault in mine:
             kind = KINDS[fault.name]
-            if kind.activity and fault.hits(index) != kind.spares_gpu:
-                return kind.activity
+            if kind.activity:
+                return "idle" if kind.spares_gpu and fault.params.get("gpu") == index else kind.activity
         return "working"
 
 
