@@ -222,6 +222,19 @@ def test_an_unreadable_environment_is_said_and_the_engine_is_seen(root: Root) ->
     assert [u.what for u in reading.unseen] == ["environment of engine 100"]
 
 
+def test_a_process_that_hangs_in_the_kernel_is_known_by_what_was_read_before(root: Root) -> None:
+    root.engine(environment={"NCCL_DEBUG": "WARN"})
+    collector = Processes(root.folder)
+    (before,) = seen(collector).fields["engines"]
+    stat = (root.folder / "proc/100/stat").read_text()
+    root.put("proc/100/stat", stat.replace(") S ", ") D "))
+    for name in ("cmdline", "environ"):  # to read these could hang: here it would fail
+        (root.folder / f"proc/100/{name}").unlink()
+    (hung,) = seen(collector).fields["engines"]
+    assert (hung.command_line, hung.environment) == (before.command_line, before.environment)
+    assert engines_of(root) == ()
+
+
 def test_no_proc_at_all_is_said(tmp_path: Path) -> None:
     assert refusal(Processes(tmp_path)).why is Why.NOT_PRESENT
 
@@ -399,6 +412,12 @@ def test_a_kernel_log_that_may_not_be_read_says_how_to_change_that(root: Root) -
         why = refusal(KernelLog(root.folder))
     assert why.why is Why.NO_PERMISSION
     assert "CAP_SYSLOG" in why.detail
+
+
+def test_a_storm_of_one_xid_is_thinned_out(root: Root) -> None:
+    storm = "".join(f"3,{n},{n},-;{XID}\n" for n in range(5000))
+    root.put("dev/kmsg", storm)
+    assert 1 <= len(seen(KernelLog(root.folder)).fields["kernel"]) < 100
 
 
 def test_no_kernel_log_is_no_health(root: Root) -> None:

@@ -22,6 +22,9 @@ LOG = "var/log/fabricmanager.log"
 LOG_BYTES = 1 << 20
 """Of the log's end; an inband message of a multicast team is some 400 bytes."""
 
+MOST_MESSAGES = 200
+"""Of one visit, the last ones: a flood of non-fatal errors repeats itself."""
+
 _PACKAGE = re.compile(
     r"^Package: (?:nvidia-fabricmanager|cuda-drivers-fabricmanager)[^\n]*\nStatus: install ok installed\n(?:.+\n)*?"
     r"Version: (?:\d+:)?(\d+(?:\.\d+)+)",
@@ -79,7 +82,7 @@ class FabricManagerState:
             )
             self._version = fabric_manager_log.version(text) or self._version
             self._lines += text.count("\n")
-        return tuple(messages)
+        return tuple(messages[-MOST_MESSAGES:])
 
     def _unit_state(self, running: bool) -> Maybe[str]:
         """Return systemd's word; of a foreign root, or without systemd, what files and processes imply."""

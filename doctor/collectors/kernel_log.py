@@ -29,6 +29,9 @@ extended records up to 8 KiB)."""
 MOST_RECORDS = 200_000
 """At one visit; a kernel log buffer of 16 MiB holds fewer."""
 
+FILE_BYTES = 16 << 20
+"""Of a log file, at one visit."""
+
 BOOT_SLACK_SECONDS = 5.0
 """/proc/stat tells the boot in whole seconds, and the clock may have been set since."""
 
@@ -86,7 +89,7 @@ class _File:
 
     def __init__(self, path: Path, open_file: Open, every_facility: bool) -> None:
         os.close(open_file(str(path), os.O_RDONLY | os.O_CLOEXEC))
-        self._file = FollowedFile(path, head_bytes=0, tail_bytes=16 << 20)
+        self._file = FollowedFile(path, head_bytes=0, tail_bytes=FILE_BYTES, most_bytes=FILE_BYTES)
         self._every_facility = every_facility
 
     def news(self) -> Iterator[bytes]:
@@ -174,13 +177,12 @@ class KernelLog:
         events: list[KernelEvent] = []
         if self._way is None or self._reader is None:
             self._way, self._reader, first = self._opened(boot, visit.at)
-            for data in first:
-                events += self._reader.feed(data)
+            events += self._reader.feed(b"".join(first))
         else:
             self._reader.booted_at, self._reader.now = boot, visit.at
             try:
-                for data in self._way.news():
-                    events += self._reader.feed(data)
+                # In one piece: the reader thins out what repeats itself within a piece.
+                events += self._reader.feed(b"".join(self._way.news()))
             except OSError as e:
                 self.close()
                 raise CannotSeeError(files.why_not(e, "the kernel log", REMEDY)) from e

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from doctor.snapshot import Absent, Engine, Gpu, Maybe, Rank, Snapshot, Why, known, or_none
+from doctor.snapshot import NOT_ASKED, Absent, Engine, Gpu, Maybe, Rank, Snapshot, Why, known, or_none
 
 
 def identified(snapshot: Snapshot) -> Snapshot:
@@ -65,7 +65,7 @@ def _holders(gpus: tuple[Gpu, ...]) -> dict[int, set[str]]:
 
 def _engine_placed(engine: Engine, uuids: tuple[str, ...], uniform: bool, holders: dict[int, set[str]]) -> Engine:
     visible = engine.visible_gpus
-    if not (isinstance(visible, Absent) and visible.why is Why.NO_PERMISSION):
+    if visible == NOT_ASKED:  # its environment was read
         visible = visible_gpus(engine.environment, uuids, uniform)
     ranks = tuple(_rank_placed(rank, visible, holders) for rank in engine.ranks)
     return msgspec.structs.replace(engine, visible_gpus=visible, ranks=ranks)

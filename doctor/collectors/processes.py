@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -73,22 +73,31 @@ def booted_at(root: Path) -> float:
     raise ValueError(msg)
 
 
-def process_of(folder: Path, boot: float) -> Process | None:
-    """Return the process of a folder of /proc, or None when it is gone or not understood."""
+def process_of(folder: Path, boot: float, before: Mapping[int, Process] | None = None) -> Process | None:
+    """Return the process of a folder of /proc, or None when it is gone or not understood.
+
+    *before*: what is known from an earlier look. A process that hangs in the kernel is known by that alone: reading
+    its command line waits for its memory map, and whoever reads may hang with it.
+    """
     try:
         stat = files.text_of(folder / "stat", 4096)
         pid, _, rest = stat.partition(" (")
         name, _, fields = rest.rpartition(") ")  # the name itself may hold blanks and brackets
         words = fields.split()
-        command = (folder / "cmdline").read_bytes()
+        started_at = round(boot + int(words[19]) / TICKS_PER_SECOND, 2)
+        if words[0] == "D":
+            earlier = (before or {}).get(int(pid))
+            arguments = earlier.arguments if earlier is not None and earlier.started_at == started_at else ()
+        else:
+            arguments = _arguments((folder / "cmdline").read_bytes())
         return Process(
             pid=int(pid),
             parent=int(words[1]),
             name=name,
             state=STATES.get(words[0], words[0]),
-            started_at=round(boot + int(words[19]) / TICKS_PER_SECOND, 2),
+            started_at=started_at,
             cpu_seconds=(int(words[11]) + int(words[12])) / TICKS_PER_SECOND,
-            arguments=_arguments(command),
+            arguments=arguments,
         )
     except (OSError, ValueError, IndexError):
         return None
@@ -102,11 +111,11 @@ def _arguments(command: bytes) -> tuple[str, ...]:
     return (title,) if title else ()
 
 
-def processes(root: Path) -> Iterator[Process]:
-    """Yield the processes of a root. Raises OSError when /proc can't be read."""
+def processes(root: Path, before: Mapping[int, Process] | None = None) -> Iterator[Process]:
+    """Yield the processes of a root; *before* as in `process_of`. Raises OSError when /proc can't be read."""
     boot = booted_at(root)
     for folder in (root / "proc").iterdir():
-        process = process_of(folder, boot) if folder.name.isdigit() else None
+        process = process_of(folder, boot, before) if folder.name.isdigit() else None
         if process is not None:
             yield process
 
@@ -384,11 +393,15 @@ class Processes:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
+        self._before: dict[int, Process] = {}
+        self._environments: dict[tuple[int, float], dict[str, str]] = {}
+        """By pid and start: what /proc shows is the environment at the start, and never changes."""
 
     def collect(self, visit: Visit) -> Reading:  # noqa: ARG002 - the protocol's
         """Look for engines. Raises CannotSeeError when /proc can't be read."""
         try:
-            found = _found(processes(self.root))
+            self._before = {process.pid: process for process in processes(self.root, self._before)}
+            found = _found(self._before.values())
         except (OSError, ValueError) as e:
             why = files.why_not(e, self.root / "proc") if isinstance(e, OSError) else Absent(Why.FAILED, str(e))
             raise CannotSeeError(why) from e
@@ -403,12 +416,11 @@ class Processes:
         front = found.front
         folder = self.root / f"proc/{front.pid}"
         flags = _flags(front.arguments)
-        try:
-            environment = environment_without_secrets(environment_of(self.root, front.pid))
-            visible: Maybe[tuple[str, ...]] = NOT_ASKED
-        except OSError as e:
-            environment, visible = {}, files.why_not(e, "the engine's environment")
-            unseen.append(Unseen(self.source, visible, f"environment of engine {front.pid}"))
+        visible: Maybe[tuple[str, ...]] = NOT_ASKED
+        environment = self._environment(front)
+        if isinstance(environment, Absent):
+            unseen.append(Unseen(self.source, environment, f"environment of engine {front.pid}"))
+            environment, visible = {}, environment
         try:
             place = _place(folder)
             nowhere = Absent(Why.NOT_PRESENT)
@@ -434,8 +446,20 @@ class Processes:
             cpu_seconds=front.cpu_seconds,
         )
 
+    def _environment(self, front: Process) -> dict[str, str] | Absent:
+        key = (front.pid, front.started_at)
+        if key not in self._environments:
+            if front.state == STATES["D"]:
+                return Absent(Why.FAILED, "the process hangs in the kernel, and whoever reads it may hang with it")
+            try:
+                found = environment_without_secrets(environment_of(self.root, front.pid))
+            except OSError as e:
+                return files.why_not(e, "the engine's environment")
+            self._environments[key] = found
+        return self._environments[key]
+
     def close(self) -> None:
-        """Nothing is held between visits."""
+        """Nothing is held open."""
 
 
 def _flags(arguments: tuple[str, ...]) -> EngineFlags:
