@@ -366,11 +366,12 @@ def test_a_gpu_without_a_name_gets_it_from_the_drivers_list() -> None:
     gpus = (Gpu(uuid="GPU-aaaa", index=0, pci_address="0000:18:00.0"), Gpu(uuid="index:1", index=1, lost=True))
     kept = (
         DriverGpu(pci_address="0000:18:00.0", uuid="GPU-aaaa"),
-        DriverGpu(pci_address="0000:2a:00.0", uuid="GPU-bbbb"),
+        DriverGpu(pci_address="0000:2a:00.0", uuid="GPU-bbbb", name="NVIDIA H100"),
     )
     pairs = (GpuPair(first="GPU-aaaa", second="index:1"),)
     named = identified(Snapshot(at=NOW, gpus=gpus, pairs=pairs, host=Host(driver_gpus=kept)))
-    assert (named.gpus[1].uuid, named.gpus[1].pci_address) == ("GPU-bbbb", "0000:2a:00.0")
+    lost = named.gpus[1]
+    assert (lost.uuid, lost.pci_address, lost.name, lost.lost) == ("GPU-bbbb", "0000:2a:00.0", "NVIDIA H100", True)
     assert named.pairs[0].second == "GPU-bbbb"
     unclear = Snapshot(at=NOW, gpus=gpus, host=Host(driver_gpus=kept[:1]))
     assert identified(unclear) is unclear

@@ -17,17 +17,19 @@ def identified(snapshot: Snapshot) -> Snapshot:
     missing = [gpu for gpu in or_none(snapshot.host.driver_gpus) or () if gpu.pci_address not in told]
     if not nameless or len(nameless) != len(missing):
         return snapshot
-    names = {
-        gpu.uuid: (driver_gpu.uuid if isinstance(driver_gpu.uuid, str) else gpu.uuid, driver_gpu)
+    product = {device.address: device.device_id for device in or_none(snapshot.host.pci_devices) or ()}
+    named = {
+        gpu.uuid: msgspec.structs.replace(
+            gpu,
+            uuid=driver_gpu.uuid if isinstance(driver_gpu.uuid, str) else gpu.uuid,
+            pci_address=driver_gpu.pci_address,
+            pci_device_id=product.get(driver_gpu.pci_address, gpu.pci_device_id),
+            name=gpu.name if known(gpu.name) else driver_gpu.name,
+        )
         for gpu, driver_gpu in zip(nameless, missing, strict=True)
     }
-    gpus = tuple(
-        msgspec.structs.replace(gpu, uuid=names[gpu.uuid][0], pci_address=names[gpu.uuid][1].pci_address)
-        if gpu.uuid in names
-        else gpu
-        for gpu in snapshot.gpus
-    )
-    uuids = {index: uuid for index, (uuid, _) in names.items()}
+    gpus = tuple(named.get(gpu.uuid, gpu) for gpu in snapshot.gpus)
+    uuids = {index: gpu.uuid for index, gpu in named.items()}
     pairs = tuple(
         msgspec.structs.replace(
             pair, first=uuids.get(pair.first, pair.first), second=uuids.get(pair.second, pair.second)
