@@ -38,6 +38,8 @@ PROBE_SECONDS = 600.0
 """guess: how long NVML is left alone after Xid 119 or 120 before a fresh child tries again: each call to a GPU whose
 GSP is gone blocks for 6 to 45 s (dmesg samples of drivers 525 and later)."""
 
+STILL_OPENING = "; it has not answered at all yet: without persistence mode opening the GPUs takes up to half a minute"
+
 GPU_OFF_THE_BUS = 79
 GSP_GONE = (119, 120)
 """Xid codes: GSP RPC timeout, GSP error."""
@@ -218,11 +220,9 @@ class NvmlCollector:
 
     def _blocked(self) -> CannotSeeError:
         seconds = time.monotonic() - self._asked_at
-        doing = "" if self._answered_visit > -math.inf else (
-            "; it has not answered at all yet: without persistence mode opening the GPUs takes up to half a minute"
-        )  # fmt: skip
+        opening = "" if self._answered_visit > -math.inf else STILL_OPENING
         return CannotSeeError(
-            Absent(Why.TIMED_OUT, f"NVML has not answered for {seconds:.0f} s{doing}"),
+            Absent(Why.TIMED_OUT, f"NVML has not answered for {seconds:.0f} s{opening}"),
             fields={"nvml_blocked_seconds": round(seconds, 1)},
         )
 
