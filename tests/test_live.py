@@ -163,7 +163,7 @@ def test_a_collector_that_breaks_never_stops_a_visit(error: Exception) -> None:
 def test_a_hung_collector_delays_nobody_beyond_its_deadline(gate: threading.Event) -> None:
     began = time.monotonic()
     snapshot = one(Scripted(Source.HOST, stuck(gate), deadline=0.2), Scripted(Source.STACK))
-    assert time.monotonic() - began < 0.6
+    assert time.monotonic() - began < 1.0
     assert snapshot.seen == (Source.STACK,)
     why = snapshot.why_unseen(Source.HOST)
     assert why is not None
@@ -173,8 +173,8 @@ def test_a_hung_collector_delays_nobody_beyond_its_deadline(gate: threading.Even
 
 def test_hung_collectors_wait_side_by_side(gate: threading.Event) -> None:
     began = time.monotonic()
-    one(*(Scripted(source, stuck(gate), deadline=0.2) for source in (Source.HOST, Source.STACK, Source.MODEL)))
-    assert time.monotonic() - began < 0.6
+    one(*(Scripted(source, stuck(gate), deadline=0.5) for source in (Source.HOST, Source.STACK, Source.MODEL)))
+    assert time.monotonic() - began < 1.2
 
 
 def test_a_hung_process_table_leaves_the_others_their_time(gate: threading.Event) -> None:
