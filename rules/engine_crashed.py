@@ -34,6 +34,7 @@ KINDS_TOLD_BY_OTHERS = {
             "no-kernel-image",
             "invalid-kernel-image",
             "unsupported-toolchain",
+            "old-gpu",
             "system-not-initialized",
             "driver-mismatch",
             "compat-unsupported",
@@ -43,10 +44,12 @@ KINDS_TOLD_BY_OTHERS = {
             "ecc",
         }
     ),
-    "nvml-error": frozenset({"driver-library-mismatch", "not-loaded"}),
+    "nvml-error": frozenset({"driver-library-mismatch", "not-loaded", "library-not-found"}),
     "launch-error": frozenset(
         {
             "heads-indivisible",
+            "gpu-uuid",
+            "dtype",
             "fp8-block",
             "world-size",
             "quantization-mismatch",
@@ -62,12 +65,14 @@ KINDS_TOLD_BY_OTHERS = {
             "unsupported-architecture",
         }
     ),
-    "process-signal": frozenset({"bus-error"}),
+    "process-signal": frozenset({"bus-error", "killed"}),
+    "worker-died": frozenset({"host-memory"}),
 }
 
 WORDS = {
     "rpc-timeout": "a worker did not answer a call in time, and nothing in the log says what it was doing",
     "cuda-out-of-memory": "a GPU ran out of memory while serving",
+    "engine-start-timeout": "the engine core took longer to start than its front waits (VLLM_ENGINE_READY_TIMEOUT_S)",
 }
 
 

@@ -19,6 +19,8 @@ class Limits(msgspec.Struct, frozen=True):
     window_seconds: float = 60.0
     """Counters must stand still this long. vLLM's own warning interval (VLLM_RINGBUFFER_WARNING_INTERVAL); in live
     captures of stopped workers the counters stood still from the first second."""
+    start_waits_min: int = 3
+    """So many while the engine starts are worth a notice: loading and compiling take minutes, a hang at start lasts."""
     waits_min: int = 2
     """So many waits of 60 s since the last progress; one may be a long compilation."""
 
@@ -40,6 +42,13 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
         stall = flat.pop(log.engine, None)
         if stall is not None or _is_stall(log, waited, limits):
             yield _finding(history, log.engine, log, waited, stall)
+        elif waited.count and not waited.starting and _asked_for_work(waited) and log.engine == log.log:
+            # One wait at the end of a log that was given: what came after it, only somebody else knows.
+            yield msgspec.structs.replace(
+                _finding(history, log.engine, log, waited, None), severity=Severity.NOTICE, confidence=Confidence.LOW
+            )
+        elif waited.starting and waited.count >= limits.start_waits_min and not log.stopped:
+            yield _starting(log, waited)
     for engine, stall in flat.items():
         yield _finding(history, engine, None, None, stall)
 
@@ -53,9 +62,29 @@ def _is_stall(log: EngineLog, waited: Waits, limits: Limits) -> bool:
         return True
     if count < limits.waits_min:
         return False
-    # Before vLLM 0.11 an idle worker waited aloud too; the engine core waits only for an answer that it asked for.
+    return _asked_for_work(waited)
+
+
+def _asked_for_work(waited: Waits) -> bool:
+    """Whether the waits are no idleness.
+
+    Before vLLM 0.11 an idle worker waited aloud too; the engine core waits only for an answer that it asked for.
+    """
     core = any(event.process.startswith("EngineCore") for event in waited.events)
     return core or waited.running is None or waited.running > 0
+
+
+def _starting(log: EngineLog, waited: Waits) -> Finding:
+    return Finding(
+        summary=f"The engine has waited {waited.count} minutes or longer for a process of its own while starting: it loads or "
+        "compiles, or it hangs",
+        evidence=tuple(Evidence(Source.ENGINE_LOG.value, e.where, e.text) for e in waited.events[-1:]),
+        severity=Severity.NOTICE,
+        confidence=Confidence.LOW,
+        subject=Subject(engine=log.engine),
+        since=waited.events[0].at,
+        facts={"log": log.log},
+    )
 
 
 def _finding(

@@ -8,7 +8,7 @@ import msgspec
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
-from doctor.snapshot import EngineMetrics, Source, known
+from doctor.snapshot import EngineEvent, EngineMetrics, Source, known
 from doctor.symptoms.engine_log import EngineLog, engine_logs
 
 
@@ -76,8 +76,12 @@ def _logged(log: EngineLog, limits: Limits) -> Finding | None:
             break
         full += 1
     preempted = [int(e.facts["preemptions"]) for e in lines[-full:] if "preemptions" in e.facts] if full else []
-    if full < limits.lines_min or log.stopped:
+    if log.stopped:
         return None
+    if full < limits.lines_min:
+        # V0 prints each fiftieth preemption; where statistics lines after it show room again, it was a short peak.
+        evicted = log.having("preemption")
+        return _evicted(log, evicted) if evicted and (full or not lines) else None
     last = lines[-1].facts
     words = f", {max(preempted)} preemptions" if preempted else ""
     return Finding(
@@ -87,5 +91,20 @@ def _logged(log: EngineLog, limits: Limits) -> Finding | None:
         confidence=Confidence.HIGH if preempted else Confidence.MEDIUM,
         subject=Subject(engine=log.engine),
         since=lines[-full].at,
+        facts={"log": log.log},
+    )
+
+
+def _evicted(log: EngineLog, evicted: tuple[EngineEvent, ...]) -> Finding:
+    """Take the scheduler's own word that it took the cache from running requests."""
+    last = evicted[-1]
+    total = max(sum(event.count for event in evicted), int(last.facts.get("total", 0)), int(last.facts.get("count", 0)))
+    return Finding(
+        summary=f"The scheduler took the KV cache from running requests: {total} preemption{'s' if total != 1 else ''}",
+        evidence=(Evidence(Source.ENGINE_LOG.value, last.where, last.text),),
+        confidence=Confidence.MEDIUM,
+        severity=Severity.NOTICE if total == 1 else None,
+        subject=Subject(engine=log.engine),
+        since=evicted[0].at,
         facts={"log": log.log},
     )

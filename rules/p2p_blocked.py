@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import EngineEvent, Source
-from doctor.symptoms.engine_log import EngineLog, engine_logs
+from doctor.symptoms.engine_log import EngineLog, Incident, incidents
 
 
 @rule(
@@ -19,13 +19,10 @@ from doctor.symptoms.engine_log import EngineLog, engine_logs
     limits=NoLimits(),
 )
 def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
-    """Take what stopped the engine; a test that only switched a fast path off is a notice: many boards have no peer access."""
-    for log in engine_logs(history):
-        if log.incident is not None and (told := _fatal(log.incident.cause)):
-            yield _finding(log, log.incident.cause, told, Severity.CRITICAL, log.incident.at)
-        elif off := log.having("custom-allreduce-off-p2p"):
-            words = "its GPUs have no peer access, or its test of it failed: the custom all-reduce is off"
-            yield _finding(log, off[0], words, Severity.NOTICE, off[0].at)
+    """Take what stopped the engine. That vLLM turned its own all-reduce off for want of peer access is `pcie-fallback`."""
+    for log, incident in incidents(history):
+        if told := _fatal(incident.cause):
+            yield _finding(log, incident, told)
 
 
 def _fatal(cause: EngineEvent) -> str:
@@ -42,13 +39,13 @@ def _fatal(cause: EngineEvent) -> str:
     return ""
 
 
-def _finding(log: EngineLog, event: EngineEvent, words: str, severity: Severity, since: float | None) -> Finding:
+def _finding(log: EngineLog, incident: Incident, words: str) -> Finding:
+    event = incident.cause
     return Finding(
         summary=f"The engine says: {words}",
         evidence=(Evidence(Source.ENGINE_LOG.value, event.where, event.text),),
         confidence=Confidence.MEDIUM,
-        severity=severity,
         subject=Subject(engine=log.engine),
-        since=since,
+        since=incident.at,
         facts={"log": log.log},
     )

@@ -20,6 +20,8 @@ WORDS = {
     "no-kernel-image": "the binaries hold no code for this GPU's architecture",
     "invalid-kernel-image": "the driver can't load a kernel that was compiled by a newer toolkit (or for another GPU)",
     "unsupported-toolchain": "the driver is too old for PTX that was compiled by a newer toolkit",
+    "old-gpu": "a kernel library does not support this GPU's generation",
+    "library-not-found": "NVIDIA's libraries are not there: no driver, or a container that was started without GPUs",
     "no-driver": "there is no NVIDIA driver where the engine runs",
     "driver-library-mismatch": "NVIDIA's library and the loaded kernel module have different versions: most often the driver was "
     "upgraded and the old module is still loaded",
@@ -27,6 +29,7 @@ WORDS = {
     "undefined-symbol": "a compiled extension was built against another version of PyTorch or CUDA",
     "missing-library": "a CUDA library that the engine was linked with is not installed",
     "old-library": "a system library is older than the one that the engine was built with",
+    "assembler": "Triton's or CUDA's assembler (ptxas) does not know this GPU's architecture, or what the kernel needs of it",
     "nccl-driver-too-old": "the driver is older than NCCL's minimum",
 }
 """By the kind of the signal, or its name where it has none."""

@@ -34,7 +34,8 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
         elif cause.signal == "nccl-duplicate-gpu":
             first, second = cause.facts.get("first"), cause.facts.get("second")
             summary = (
-                f"Ranks {first} and {second} were given the same GPU: fewer GPUs are visible than ranks are started"
+                f"Ranks {first} and {second} were given the same GPU: fewer GPUs are visible than ranks are started, or "
+                "the group joins programs that see the same ones"
             )
         elif cause.signal == "cuda-error" and kind == "no-device":
             summary = "The engine sees no GPU at all"

@@ -56,14 +56,17 @@ def _killed(incident: Incident | None) -> EngineEvent | None:
         return None
     for event in incident.having("worker-died", "engine-core-init-failed"):
         code = event.facts.get("exit_code")
-        if isinstance(code, int) and KILLED_EXIT_CODES.get(code) in KILLS:
+        if event.facts.get("kind") == "host-memory" or (isinstance(code, int) and KILLED_EXIT_CODES.get(code) in KILLS):
             return event
-    return None
+    # A shell's bare word for the program as a whole: after another error the engine may have ended itself so.
+    cause = incident.cause
+    return cause if cause.signal == "process-signal" and cause.facts.get("kind") == "killed" else None
 
 
 def _finding(log: EngineLog, incident: Incident, death: EngineEvent, kill: OomKill | None) -> Finding:
     name = death.facts.get("name") or death.facts.get("process") or "A process of the engine"
-    signal = KILLED_EXIT_CODES[int(death.facts["exit_code"])]
+    if death.facts.get("kind") == "host-memory":
+        return _by_ray(log, incident, death)
     by = (
         f"the kernel's out-of-memory killer took it{_size(kill)}" if kill else "by the out-of-memory killer, or by hand"
     )
@@ -71,10 +74,20 @@ def _finding(log: EngineLog, incident: Incident, death: EngineEvent, kill: OomKi
     if kill is not None:
         evidence.append(Evidence(Source.KERNEL_LOG.value, kill.where, kill.text))
     return Finding(
-        summary=f"{name} was ended by {signal}: {by}",
+        summary=f"{name} was ended by SIGKILL: {by}",
         evidence=tuple(evidence),
         confidence=Confidence.HIGH if kill is not None else Confidence.MEDIUM,
         subject=Subject(engine=log.engine, pids=(kill.pid,) if kill is not None else ()),
+        since=incident.at,
+        facts={"log": log.log},
+    )
+
+
+def _by_ray(log: EngineLog, incident: Incident, death: EngineEvent) -> Finding:
+    return Finding(
+        summary="Ray killed a worker of the engine because the host was running out of memory",
+        evidence=(Evidence(Source.ENGINE_LOG.value, death.where, death.text),),
+        subject=Subject(engine=log.engine),
         since=incident.at,
         facts={"log": log.log},
     )

@@ -161,6 +161,14 @@ FIRES = {
     "a full KV cache": ("".join(STATS.format(n=n, tps=900, running=99, waiting=40 + n, usage=97.5) for n in range(4)), "kv-cache-saturated"),
     "port": ("OSError: [Errno 98] Address already in use\n", "launch-refused"),
     "port, uvicorn's words": ("ERROR:    [Errno 98] error while attempting to bind on address ('0.0.0.0', 8000): address already in use\n", "launch-refused"),
+    "a dimension that TP does not divide": (E0 + "AssertionError: 151937 is not divisible by 4\n" + NOT_STARTED, "tp-heads-indivisible"),
+    "Ray has too few GPUs": ("ValueError: The number of required GPUs exceeds the total number of available GPUs in the placement group.\n", "tp-exceeds-visible-gpus"),
+    "an architecture that PyTorch was not built for": ("UserWarning: \nNVIDIA GeForce RTX 5090 with CUDA capability sm_120 is not compatible with the current PyTorch installation.\n", "stack-mismatch"),
+    "Triton's assembler is older than the GPU": (E0 + "ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'\n" + NOT_STARTED, "stack-mismatch"),
+    "no library of the driver": ("DEBUG 11-20 08:00:00 [__init__.py:103] CUDA platform is not available because: NVML Shared Library Not Found\nRuntimeError: Failed to infer device type\n", "stack-mismatch"),
+    "V0's preemptions": ("WARNING 11-20 08:00:00 scheduler.py:1775] Sequence group cmpl-7 is preempted by PreemptionMode.RECOMPUTE mode because there is not enough KV cache space. total_num_cumulative_preemption=51\n", "kv-cache-saturated"),
+    "a start that takes too long": ("TimeoutError: Timed out waiting for engine core processes to start. Waited 600s\n", "engine-crashed"),
+    "waits while starting, for long": ("INFO 11-20 07:00:00 [m.py:1] Starting to load model x...\n" + WAIT.format(0) * 9, "engine-stalled"),
     "gated model": ("huggingface_hub.errors.GatedRepoError: 401 Client Error. Access to model x is restricted.\n", "launch-refused"),
     "a flag it does not know": ("usage: vllm serve\nvllm: error: unrecognized arguments: --tp 4\n", "launch-refused"),
 }  # fmt: skip
@@ -198,6 +206,9 @@ ALARMS = {
     "a full cache that nobody waits for": "".join(STATS.format(n=n, tps=900, running=9, waiting=0, usage=97.5) for n in range(4)),
     "a short peak": STATS.format(n=0, tps=9, running=9, waiting=3, usage=97.5) + STATS.format(n=1, tps=9, running=9, waiting=0, usage=30.0),
     "a debug reason on a build that works": "DEBUG 11-20 07:00:00 [__init__.py:103] CUDA platform is not available because: NVML Shared Library Not Found\n" + STARTED + SERVED,
+    "NVLink asked for where there is none": "ERROR 11-20 07:00:00 [cuda.py:833] NVLink detection failed. This is normal if your machine has no NVLink equipped.\nERROR 11-20 07:00:00 [cuda.py:833] Traceback (most recent call last):\nERROR 11-20 07:00:00 [cuda.py:833]   x\nERROR 11-20 07:00:00 [cuda.py:833] pynvml.NVMLError_NotSupported: Not Supported\n",
+    "a request that the server could not handle": "ERROR:    Exception in ASGI application\nTraceback (most recent call last):\n  x\njinja2.exceptions.TemplateError: bad\n\nDuring handling of the above exception, another exception occurred:\n\nTraceback (most recent call last):\n  y\nValueError: bad template\n",
+    "an optional import that fails": "WARNING 11-20 07:00:00 [_custom_ops.py:20] Failed to import from vllm._C with ImportError('libcuda.so.1: cannot open shared object file: No such file or directory')\n",
     "bad requests": STARTED + 'INFO:     1.1.1.1:5 - "POST /v1/completions HTTP/1.1" 400 Bad Request\n' * 50,
 }  # fmt: skip
 

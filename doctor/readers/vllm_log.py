@@ -69,6 +69,8 @@ class LogReader:
         self._rest = b""
         self._rest_is_long = False
         self._traces: dict[tuple[str, int | None], _Trace] = {}
+        self._harmless: tuple[str, int | None] | None = None
+        """The process whose last traceback was harmless: so are those chained to it."""
         self._before = b""
         """The end of what was read before the present block."""
         self._row_lasts = False
@@ -223,11 +225,15 @@ class LogReader:
         trace = self._traces.get(key)
         if "Traceback (most recent call last)" in text and len(text) < 200:
             if len(self._traces) < _TRACES_MAX:
-                self._traces[key] = _Trace(chained=trace is not None and trace.chained)
+                self._traces[key] = trace = trace or _Trace()
+                trace.lines = 0
             return None
         if text.startswith(_CHAIN):
             if len(self._traces) < _TRACES_MAX:
-                self._traces[key] = _Trace(chained=True)
+                self._traces[key] = _Trace(chained=True, harmless=self._harmless == key)
+            return None
+        if text.startswith(_HARMLESS) and len(self._traces) < _TRACES_MAX:
+            self._traces[key] = _Trace(harmless=True)
             return None
         indented = text[:2].isspace()
         if trace is not None:
@@ -241,9 +247,17 @@ class LogReader:
             exception = _EXCEPTION.match(text) or (_EXCEPTION_IN_TRACE.match(text) if trace else None)
         if exception is not None:
             self._traces.pop(key, None)
+            self._harmless = key if trace is not None and trace.harmless else None
         if indented and not _is_quoted_error(text):
             return None
         match = signals.matched(text)
+        if (
+            exception is not None
+            and trace is not None
+            and trace.harmless
+            and (match is None or match.name in _OF_A_REQUEST)
+        ):
+            return None
         facts = {} if match is None else _facts_of(match, text)
         if exception is not None:
             facts = facts | {"type": exception["type"]} | ({"chained": 1} if trace and trace.chained else {})
@@ -411,6 +425,8 @@ class _Trace(msgspec.Struct):
 
     chained: bool = False
     """It follows from the one before it."""
+    harmless: bool = False
+    """It tells of one request, or of something that the engine does without."""
     lines: int = 0
 
 
@@ -697,6 +713,18 @@ _EXCEPTION_IN_TRACE = re.compile(
     r"(?P<type>(?:[A-Za-z_]\w*\.){0,8}[A-Za-z_]\w{2,60})(?:: (?P<message>.*))?$", re.DOTALL
 )
 _QUOTED_ERROR = re.compile(r"\s+(?:(?:\w+\.)*[A-Z]\w*(?:Error|Exception): |Value error, |.{0,80}NCCL WARN )")
+_HARMLESS = (
+    "NVLink detection failed",
+    "NVLink detection not possible",
+    "Exception in ASGI application",
+    "Error in preprocessing prompt inputs",
+    "Error in applying chat template",
+    "Error in chat completion stream generator",
+    "Error in completion stream generator",
+    "Error with model error=",
+)
+"""What vLLM and uvicorn say before a traceback that is no failure of the engine."""
+_OF_A_REQUEST = frozenset({"nvml-error", "launch-error"})
 _CHAIN = ("The above exception was the direct cause", "During handling of the above exception")
 
 

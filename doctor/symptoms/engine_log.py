@@ -55,7 +55,16 @@ _DECISIVE = frozenset(
 )
 """Errors that name a cause in their own words."""
 
-_INDECISIVE = frozenset({"rpc-timeout", "nccl-error", "nccl-peer-lost", "nccl-library-missing", "watchdog-heartbeat"})
+_INDECISIVE = frozenset(
+    {
+        "engine-start-timeout",
+        "rpc-timeout",
+        "nccl-error",
+        "nccl-peer-lost",
+        "nccl-library-missing",
+        "watchdog-heartbeat",
+    }
+)
 """Errors that say what could not be done; a decisive one beside them is the cause."""
 
 _POISONED = frozenset(
@@ -75,7 +84,7 @@ _POISONED = frozenset(
 KILLED_EXIT_CODES = {-9: "SIGKILL", -11: "SIGSEGV", -7: "SIGBUS", -6: "SIGABRT", -4: "SIGILL", -8: "SIGFPE", 137: "SIGKILL", 139: "SIGSEGV", 135: "SIGBUS", 134: "SIGABRT"}  # fmt: skip
 """Exit codes that tell a signal: Python's negative numbers, and a shell's 128 + n."""
 
-_AFTERMATH_TYPES = ("CancelledError", "ConnectionResetError", "BrokenPipeError", "ConnectionRefusedError", "EOFError", "DistNetworkError", "DistStoreError", "ActorDiedError", "ValidationError", "SystemExit", "KeyboardInterrupt", "ZMQError", "CalledProcessError", "ClientDisconnect", "WorkerCrashedError")  # fmt: skip
+_AFTERMATH_TYPES = ("CancelledError", "ConnectionResetError", "BrokenPipeError", "ConnectionRefusedError", "EOFError", "DistNetworkError", "DistStoreError", "ActorDiedError", "ValidationError", "SystemExit", "KeyboardInterrupt", "ZMQError", "CalledProcessError", "ClientDisconnect", "WorkerCrashedError", "RayTaskError")  # fmt: skip
 _AFTERMATH_MESSAGES = ("cancelled", "cannot schedule new futures after", "Event loop is closed", "Executor failed", "Event loop stopped")  # fmt: skip
 _VAGUE_LAUNCH_ERRORS = ("no-device-type", "model-inspection")
 
@@ -222,7 +231,7 @@ def _incident(
     fatal = any(error.signal in _DEATHS for error in errors)
     if not fatal and (serving or runs):
         errors = [error for error in errors if error.signal in _POISONED]
-    if all(error.level == "DEBUG" for error in errors):
+    if all(_is_reason(error) for error in errors):
         return None
     cause = _cause_among(errors)
     return Incident(
@@ -232,8 +241,7 @@ def _incident(
 
 def _cause_among(errors: list[EngineEvent]) -> EngineEvent:
     candidates = [error for error in errors if error.signal not in REPORTS_OF_DEATH]
-    # A DEBUG line gives the reason of a vague failure, and is none by itself.
-    first = next((error for error in candidates if error.level != "DEBUG"), None)
+    first = next((error for error in candidates if not _is_reason(error)), None)
     if first is None:
         return errors[0]
     if not _is_vague(first):
@@ -246,6 +254,11 @@ def _cause_among(errors: list[EngineEvent]) -> EngineEvent:
 
 _GIVES_WAY = frozenset({"exception", "launch-error", "worker-died", "process-signal"})
 """Where a vague line of these comes first, any plain error after it is the better cause."""
+
+
+def _is_reason(error: EngineEvent) -> bool:
+    """Whether this line may give the reason of a vague failure, and is none by itself: what was only tried may fail."""
+    return error.level == "DEBUG" or (error.level == "WARNING" and error.signal in ("library-mismatch", "nvml-error"))
 
 
 def _end_of_chain(candidates: list[EngineEvent]) -> EngineEvent:
@@ -267,9 +280,10 @@ def _is_vague(error: EngineEvent) -> bool:
     match error.signal:
         case "exception":
             message = str(facts.get("message", ""))
-            return str(facts.get("type", "")).endswith(_AFTERMATH_TYPES) or message.startswith(_AFTERMATH_MESSAGES)
+            aftermath = message.startswith(_AFTERMATH_MESSAGES) or "Connection closed by peer" in message
+            return aftermath or str(facts.get("type", "")).endswith(_AFTERMATH_TYPES)
         case "worker-died":
-            return facts.get("exit_code") not in KILLED_EXIT_CODES
+            return facts.get("exit_code") not in KILLED_EXIT_CODES and "kind" not in facts
         case "process-signal":
             return facts.get("kind") == "abort"
         case "launch-error":

@@ -8,7 +8,7 @@ from doctor.history import History
 from doctor.snapshot import Engine, EngineEvent, EngineMetrics, known
 from doctor.symptoms.engine_log import EngineLog, is_progress
 
-_STARTING = frozenset({"engine-version", "engine-config", "non-default-args", "load-started", "weights-loaded", "graphs-captured", "engine-ready", "kv-cache-size", "kv-cache-memory"})  # fmt: skip
+_STARTING = frozenset({"engine-version", "engine-config", "non-default-args", "load-started", "weights-loaded", "graphs-captured", "kv-cache-size", "kv-cache-memory"})  # fmt: skip
 
 
 class Waits(msgspec.Struct, frozen=True):
@@ -39,6 +39,8 @@ def waits(log: EngineLog) -> Waits:
     for event in log.events:
         if event.signal == "startup-complete":
             serving, starting, events = True, False, []
+        elif event.signal == "engine-ready":  # the workers are warm: what follows is no compilation
+            starting, events = False, []
         elif event.signal in _STARTING:
             starting = not serving
         elif is_progress(event):
