@@ -166,7 +166,7 @@ def _engine_says_so(history: History) -> Iterator[Finding]:
     """NVML's "GPU is lost" in an engine's log; or its "unknown error" after CUDA's, which is how engines meet an Xid 79.
 
     One "unknown error" alone proves nothing: containers get it after `systemctl daemon-reload`
-    (nvidia-container-toolkit#1227).
+    (nvidia-container-toolkit#1227), when NVML itself does not start. Where it started and can't open one GPU, that one is gone.
     """
     kernel = (
         "has no Xid 79" if Source.KERNEL_LOG in history.latest.seen else "was not there to read: look for an Xid 79"
@@ -175,7 +175,10 @@ def _engine_says_so(history: History) -> Iterator[Finding]:
         lost = incident.having("nvml-error", kinds=("gpu-lost",))
         unknown = incident.having("cuda-error", "nvml-error", kinds=("unknown",))
         both = {event.signal: event for event in reversed(unknown)}
-        proof = lost[:1] or (tuple(sorted(both.values(), key=incident.events.index)) if len(both) == 2 else ())
+        handle = tuple(
+            e for e in unknown if "nvmlDeviceGetHandle" in f"{e.facts.get('code', '')} {e.facts.get('within', '')}"
+        )
+        proof = lost[:1] or (tuple(sorted(both.values(), key=incident.events.index)) if len(both) == 2 else handle[:1])
         if not proof:
             continue
         yield Finding(

@@ -8,7 +8,7 @@ import msgspec
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
-from doctor.snapshot import Absent, Gpu, Snapshot, Source, Sxid, Why, known
+from doctor.snapshot import Absent, EngineEvent, Gpu, Snapshot, Source, Sxid, Why, known
 from doctor.symptoms.engine_log import engine_logs, incidents
 from doctor.symptoms.names import names_of
 from doctor.symptoms.switches import has_switches, standing_messages
@@ -184,11 +184,18 @@ def _engine(history: History, switches: bool | None) -> Iterator[Trouble]:
                 engine=log.engine,
             )
     for log in engine_logs(history):
-        failed = [event for event in log.having("nccl-nvls-failed") if "out of memory" not in event.text]
+        failed = [
+            event for event in log.having("nccl-nvls-failed") if _is_binding(event) or "out of memory" not in event.text
+        ]
         missing = log.having("symm-mem-no-multicast", "multicast-unsupported") if switches else ()
         for event in failed[:1]:
+            why = (
+                "the switches have no multicast slot left (128 on Hopper's): too many communicators"
+                if "out of memory" in event.text
+                else "manager, switches or IMEX are not in order"
+            )
             yield Trouble(
-                "NCCL can't bind NVLink SHARP multicast memory: manager, switches or IMEX are not in order",
+                f"NCCL can't bind NVLink SHARP multicast memory: {why}",
                 Evidence(Source.ENGINE_LOG.value, event.where, event.text),
                 Confidence.MEDIUM,
                 at=event.at,
@@ -203,6 +210,14 @@ def _engine(history: History, switches: bool | None) -> Iterator[Trouble]:
                 event.at,
                 log.engine,
             )
+
+
+def _is_binding(event: EngineEvent) -> bool:
+    """Whether NCCL's own sentence about multicast memory stands there: its "out of memory" is not the GPU's.
+
+    The NVSwitches of eight H200 had 128 multicast slots, and a 129th communicator met this error (NVIDIA/nccl issue 2077).
+    """
+    return "Multicast memory" in event.text
 
 
 def _finding(troubles: list[Trouble]) -> Finding:

@@ -1,0 +1,138 @@
+"""Pasted logs in the forms that bug reports have: cut, wrapped, quoted, and only the middle of the story."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from doctor.diagnose import watch
+from doctor.feeds import evidence
+from doctor.report import Report, Verdict
+from rules import RULES
+
+AT = 1795254000.0
+
+
+def report_of(tmp_path: Path, text: str) -> Report:
+    file = tmp_path / "engine.log"
+    file.write_text(text)
+    return list(watch(evidence.read([file], now=AT), RULES, keep=3600))[-1]
+
+
+def first_of(report: Report) -> str:
+    return report.findings[0].finding.failure_mode if report.findings else report.verdict.value
+
+
+WORKER = "(Worker_TP1 pid=20) ERROR 06-12 11:02:10 [multiproc_executor.py:703] "
+CORE = "(EngineCore pid=10) ERROR 06-12 11:02:11 [core.py:1100] "
+
+BROKEN = {
+    "gloo-times-out": (
+        "nccl-timeout",
+        WORKER + "RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete\n",
+    ),
+    "descriptor-of-a-poisoned-context": (
+        "application-fault",
+        "(Worker_TP1 pid=20) Error: Failed to initialize the TMA descriptor 700\n" + CORE + "EngineCore encountered a fatal error.\n",
+    ),
+    "assembler-too-old": (
+        "stack-mismatch",
+        CORE + "triton.runtime.errors.PTXASError: PTXAS error: Internal Triton PTX codegen error\n"
+        + CORE + "ptxas fatal   : Value 'sm_999' is not defined for option 'gpu-name'\n",
+    ),
+    "vocabulary-indivisible": (
+        "tp-heads-indivisible",
+        '[rank0]:   File "/x/vllm/distributed/utils.py", line 31, in ensure_divisibility\n[rank0]: AssertionError: 32003 is not divisible by 2\n',
+    ),
+    "heads-asserted-without-words": (
+        "tp-heads-indivisible",
+        WORKER + '  File "/x/vllm/model_executor/models/some.py", line 99, in __init__\n'
+        + WORKER + "    assert self.total_num_heads % tp_size == 0\n"
+        + WORKER + "AssertionError\n"
+        + CORE + "EngineCore failed to start.\n",
+    ),
+    "ray-waits-for-gpus": (
+        "tp-exceeds-visible-gpus",
+        "WARNING 05-05 05:05:05 [ray_utils.py:325] Tensor parallel size (16) exceeds available GPUs (8). This may result in failures.\n",
+    ),
+    "killed-by-the-shell's-word": (
+        "worker-killed",
+        "INFO 11-20 10:45:55 model_runner.py:680] Starting to load model /models/m...\nKilled\n",
+    ),
+    "killed-by-ray": (
+        "worker-killed",
+        "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.\n",
+    ),
+    "ray-quotes-its-task": (
+        "out-of-memory-at-startup",
+        ("(EngineCore pid=10) ray.exceptions.RayTaskError(ValueError): ray::RayWorkerWrapper.execute_method() (pid=71, ip=10.0.0.1)\n"
+        "(EngineCore pid=10) ValueError: Free memory on device cuda:0 (10.5/22.0 GiB) on startup is less than desired GPU memory utilization (0.9, 19.8 GiB).\n"),
+    ),
+    "multicast-slots-used-up": (
+        "nvswitch-fabric-fault",
+        ("ncclUnhandledCudaError: Call to CUDA function failed.\n"
+        "Failed to bind NVLink SHARP (NVLS) Multicast memory of size 4194304 : CUDA error 2 'out of memory'.\n"),
+    ),
+    "no-handle-of-a-gpu": (
+        "gpu-lost",
+        ("Traceback (most recent call last):\n"
+        '  File "/x/vllm/platforms/cuda.py", line 540, in log_warnings\n'
+        "    handle = pynvml.nvmlDeviceGetHandleByIndex(i)\n"
+        "vllm.third_party.pynvml.NVMLError_Unknown: Unknown Error\n"),
+    ),
+    "waits-after-the-warm-up": (
+        "engine-stalled",
+        ("(EngineCore pid=10) INFO 10-22 09:33:49 [kv_cache_utils.py:1087] GPU KV cache size: 162,704 tokens\n"
+        "(EngineCore pid=10) INFO 10-22 09:33:58 [core.py:210] init engine (profile, create kv cache, warmup model) took 61.17 seconds\n"
+        "(EngineCore pid=10) INFO 10-22 09:43:49 [shm_broadcast.py:466] No available shared memory broadcast block found in 60 seconds.\n"
+        "(EngineCore pid=10) INFO 10-22 09:44:49 [shm_broadcast.py:466] No available shared memory broadcast block found in 60 seconds.\n"),
+    ),
+    "one-wait-and-no-more": (
+        "engine-stalled",
+        "(EngineCore pid=10) INFO 08-13 11:27:02 [shm_broadcast.py:802] No available shared memory broadcast block found in 60 seconds.\n",
+    ),
+    "preempted-and-one-line": (
+        "kv-cache-saturated",
+        ("WARNING 06-06 12:00:00 scheduler.py:1057] Sequence group cmpl-1 is preempted by PreemptionMode.RECOMPUTE mode because there is not "
+        "enough KV cache space. total_num_cumulative_preemption=51\n"),
+    ),
+    "peer-access-missing-and-nothing-else": (
+        "pcie-fallback",
+        ("(Worker_TP0 pid=19) WARNING 03-20 10:10:09 [custom_all_reduce.py:137] Custom allreduce is disabled because your platform lacks "
+        "GPU P2P capability or P2P test failed.\n"),
+    ),
+    "tile-of-a-weight-only-kernel": (
+        "fp8-block-misaligned",
+        WORKER + "RuntimeError: size_n = 352 is not divisible by tile_n_size = 64\n" + CORE + "EngineCore failed to start.\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_first_finding_is_the_cause(name: str, tmp_path: Path) -> None:
+    expected, text = BROKEN[name]
+    report = report_of(tmp_path, text)
+    assert first_of(report) == expected, [found.finding.summary for found in report.findings]
+
+
+SERVED = '(APIServer pid=1) INFO:     127.0.0.1:4000 - "POST /v1/chat/completions HTTP/1.1" 200 OK\n'
+
+HEALTHY = {
+    "a-wait-that-ended": "(EngineCore pid=10) INFO 10-22 09:33:49 [shm_broadcast.py:466] No available shared memory broadcast block found in 60 seconds.\n"
+    + SERVED,
+    "a-preemption-long-ago": "WARNING 06-06 12:00:00 scheduler.py:1057] Sequence group cmpl-1 is preempted by PreemptionMode.RECOMPUTE mode because "
+    "there is not enough KV cache space. total_num_cumulative_preemption=1\n"
+    "INFO 06-06 14:00:05 metrics.py:345] Avg prompt throughput: 210.0 tokens/s, Avg generation throughput: 340.0 tokens/s, Running: 3 reqs, "
+    "Swapped: 0 reqs, Pending: 0 reqs, GPU KV cache usage: 8.8%, CPU KV cache usage: 0.0%.\n",
+    "ray-found-its-gpus": BROKEN["ray-waits-for-gpus"][1] + "INFO:     Application startup complete.\n" + SERVED,
+    "a-request-that-was-too-long": "(APIServer pid=1) ERROR 12-01 11:00:00 [serving_chat.py:257] Error in preprocessing prompt inputs\n"
+    "(APIServer pid=1) ERROR 12-01 11:00:00 [serving_chat.py:257] Traceback (most recent call last):\n"
+    "(APIServer pid=1) ERROR 12-01 11:00:00 [serving_chat.py:257] ValueError: This model's maximum context length is 4096 tokens.\n" + SERVED,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_what_is_over_or_harmless_raises_no_alarm(name: str, tmp_path: Path) -> None:
+    report = report_of(tmp_path, HEALTHY[name])
+    assert report.verdict in (Verdict.CLEAR, Verdict.NOTICE), [found.finding.summary for found in report.findings]
