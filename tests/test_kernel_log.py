@@ -323,3 +323,8 @@ def test_no_engine_log_is_taken_for_a_kernel_log() -> None:
     logs = [*(SAMPLES / "live").glob("v*/*/server.log"), *(SAMPLES / "serving").glob("*.txt")]
     assert logs
     assert [log for log in logs if kernel_log.recognises(log.read_bytes())] == []
+
+
+def test_boots_without_anything_between_them_are_one() -> None:
+    events = read("-- Boot aa --\n" * 10_000 + f"[1.0] {XID}\n")
+    assert [type(event) for event in events] == [HostMessage, Xid]

@@ -32,6 +32,8 @@ _PACKAGE = re.compile(r"^\[(?:pip3?|conda)\] (\S+?)(?:==|\s+)(\S+)")
 _VARIABLE = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*)=(.*)$")
 _KERNEL = re.compile(r"^Linux-(.+?)-(?:x86_64|aarch64|ppc64le)\b")
 _CUT = 4096
+_REPORT_MAX = 128 << 10
+"""Characters of a report; the largest of 48 public ones has 18 thousand."""
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,8 +107,9 @@ def read(text: str) -> Environment:
 
 
 def _end(text: str, start: int) -> int:
-    foreign = _FOREIGN.search(text, start)
-    limit = foreign.start() if foreign else len(text)
+    limit = min(len(text), start + _REPORT_MAX)
+    foreign = _FOREIGN.search(text, start, limit)
+    limit = foreign.start() if foreign else limit
     version = _VLLM.search(text, start, limit)
     if version is None:
         return limit

@@ -211,22 +211,22 @@ class KernelLogReader:
             counted = start
             line = data[start : min(end, start + LINE_MAX_BYTES)].decode("utf-8", "replace")
             for event in self._of_line(line.rstrip("\r"), number):
-                if self._keeps(event, len(events)):
+                if self._keeps(event, events):
                     events.append(event)
                 else:
                     self.dropped += 1
         self.lines += data.count(b"\n")
         return events
 
-    def _keeps(self, event: KernelEvent, already: int) -> bool:
-        if isinstance(event, HostMessage) and event.kind == "boot":
+    def _keeps(self, event: KernelEvent, events: list[KernelEvent]) -> bool:
+        if _is_boot(event):
             self._kept = {}
-            return True
+            return not events or not _is_boot(events[-1])
         key = _likeness(event)
         count, last = self._kept.get(key, (0, None))
         count += 1
         new_burst = event.at is not None and last is not None and event.at - last > BURST_SECONDS
-        keeps = already < EVENTS_MAX and (count <= REPEATS or count & (count - 1) == 0 or new_burst)
+        keeps = len(events) < EVENTS_MAX and (count <= REPEATS or count & (count - 1) == 0 or new_burst)
         self._kept[key] = (count, event.at if keeps else last)
         return keeps
 
@@ -343,7 +343,7 @@ def read(
 def with_boots_marked(events: Iterable[KernelEvent]) -> tuple[KernelEvent, ...]:
     """Return the events, those before the last boot marker with `before_boot` set."""
     events = tuple(events)
-    last = max((i for i, e in enumerate(events) if isinstance(e, HostMessage) and e.kind == "boot"), default=0)
+    last = max((i for i, event in enumerate(events) if _is_boot(event)), default=0)
     return tuple(msgspec.structs.replace(e, before_boot=True) for e in events[:last]) + events[last:]
 
 
@@ -358,6 +358,10 @@ def _candidates(data: bytes) -> list[tuple[int, int]]:
             found[data.rfind(b"\n", 0, at) + 1] = end
             at = data.find(needle, end)
     return sorted(found.items())
+
+
+def _is_boot(event: KernelEvent) -> bool:
+    return isinstance(event, HostMessage) and event.kind == "boot"
 
 
 def _likeness(event: KernelEvent) -> object:
