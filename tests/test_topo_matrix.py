@@ -105,6 +105,18 @@ def test_headers_and_cells_that_a_paste_glued_together_come_apart() -> None:
     assert matrix.nics == {"NIC0": "mlx5_0", "NIC1": "mlx5_bond_1"}
 
 
+@pytest.mark.parametrize("around", ["{}", "\x1b[4m{}\x1b[0m", "[4m{}[0m", "> {}", "  \t{}"])
+def test_what_decorates_the_header_is_not_read(around: str) -> None:
+    quote = "> " if around.startswith(">") else ""
+    matrix = topo_matrix.read(
+        around.format("GPU0\tGPU1\tCPU Affinity")
+        + f"\r\n{quote}GPU0\t X \tNV18\t0-3\r\n{quote}GPU1\tNV18\t X \t0-3\r\n"
+    )
+    assert matrix is not None
+    assert [row.cells for row in matrix.rows] == [("X", "NV18"), ("NV18", "X")]
+    assert matrix.rows[0].cpu_affinity == "0-3"
+
+
 def test_rows_that_a_narrow_terminal_broke_are_joined() -> None:
     matrix = topo_matrix.read("\tGPU0\tGPU1\tGPU2\nGPU0\t X \tNV4\n  NV8\nGPU1 NV4 X\n NV8\nGPU2 NV8 NV8 X\n")
     assert matrix is not None

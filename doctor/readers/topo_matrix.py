@@ -19,7 +19,8 @@ TAIL = ("CPU Affinity", "NUMA Affinity", "GPU NUMA ID")
 WAYS = ("X", "PIX", "PXB", "PHB", "NODE", "SYS")
 """The PCIe ways, nearest first. Before driver 390 `SYS` was called `SOC`, and `NODE` was part of it."""
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_DECORATION = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\[[04]m|^(?:> ?)+")
+"""The underline of the header, also where a paste has lost the escape character; the marks of a quotation."""
 _GLUED = re.compile(r"(?:GPU\d+|NIC\d+|mlx\d_(?:bond_)?\d+)+", re.ASCII)
 """`GPU0`, `NIC12`, `mlx5_3` in old drivers, and several of them that a paste has glued together."""
 
@@ -148,7 +149,7 @@ def render(matrix: TopoMatrix) -> str:
 
 
 def _plain(line: str) -> str:
-    return _ANSI.sub("", line).rstrip("\r\n")
+    return _DECORATION.sub("", line).rstrip("\r\n")
 
 
 def _header(line: str) -> tuple[list[str], list[str]] | None:
