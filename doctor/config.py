@@ -45,7 +45,8 @@ def read(path: Path) -> Site:
     try:
         return msgspec.toml.decode(text, type=Site)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        msg = f"{path}: {e}"
+        words = str(e).replace("Object contains unknown field", "there is no setting")
+        msg = f"{path}: {words}"
         raise ConfigError(msg) from e
 
 

@@ -50,10 +50,10 @@ def test_optional_sources_go_by_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("nonsense = 1", "unknown field `nonsense`"),
+        ("nonsense = 1", "there is no setting `nonsense`"),
         ("optional = ['moon']", "moon"),
         ("rules = 'all'", r"Expected `object`, got `str` - at `\$.rules`"),
-        ("[engine]\nlog = ['x']", "unknown field `log`"),
+        ("[engine]\nlog = ['x']", r"there is no setting `log` - at `\$\.engine`"),
         ("= broken", "site.toml"),
     ],
 )
