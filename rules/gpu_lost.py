@@ -8,7 +8,7 @@ import msgspec
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, facts_of_gpu, rule
-from doctor.snapshot import Gpu, NvidiaMessage, Source, known
+from doctor.snapshot import Absent, Gpu, Maybe, NvidiaMessage, Source, Why, known
 from doctor.symptoms.engine_groups import engine_of_gpu
 from doctor.symptoms.engine_log import incidents
 from doctor.symptoms.xids import answered_since, of_this_boot, xid_events
@@ -98,23 +98,42 @@ def _nvml(history: History) -> Iterator[Loss]:
 
 
 def _missing(history: History) -> Iterator[Loss]:
-    """GPUs that the driver holds, or that NVML listed before, and that NVML does not list now."""
+    """GPUs that the driver holds, the PCI tree shows, or NVML listed before, and that NVML does not list now.
+
+    In a container the PCI tree shows the whole node and the driver's list only what was given: the list decides.
+    """
     latest = history.latest
-    if Source.NVML not in latest.seen:
+    listed = {gpu.pci_address for gpu in latest.gpus if known(gpu.pci_address)}
+    if Source.NVML not in latest.seen or len(listed) < len(latest.gpus):
         return
-    listed = {gpu.pci_address for gpu in latest.gpus}
-    held = latest.host.driver_gpus if known(latest.host.driver_gpus) else ()
-    drivers = {d.address: d.driver for d in latest.host.pci_devices} if known(latest.host.pci_devices) else {}
-    for gpu in held:
-        given_away = drivers.get(gpu.pci_address, "nvidia") != "nvidia"
-        if gpu.pci_address not in listed and gpu.excluded is not True and not given_away:
+    devices = latest.host.pci_devices if known(latest.host.pci_devices) else ()
+    drivers = {d.address: d.driver for d in devices if d.kind == "gpu"}
+    held = latest.host.driver_gpus
+    for gpu in held if known(held) else ():
+        if (
+            gpu.pci_address not in listed
+            and gpu.excluded is not True
+            and _is_ours(drivers.get(gpu.pci_address, "nvidia"))
+        ):
             where = f"/proc/driver/nvidia/gpus/{gpu.pci_address}"
             text = f"the driver holds this GPU, NVML lists {len(latest.gpus)} others and not it"
             yield Loss(gpu.pci_address, text, Evidence(Source.HOST.value, where, text), None, Confidence.HIGH)
+    pasted = not known(held) and len(listed) > 1  # of one GPU alone somebody may have pasted that one only
+    for address, driver in drivers.items() if listed else ():
+        unbound = isinstance(driver, Absent) and driver.why is Why.NOT_PRESENT
+        if address not in listed and (unbound or (pasted and _is_ours(driver))):
+            bound = "no driver is bound to it" if unbound else "NVML does not list it"
+            text = f"the PCI tree shows this GPU, and {bound}"
+            yield Loss(address, text, Evidence(Source.HOST.value, address, text), None, Confidence.MEDIUM)
     for address, at in _listed_before(history).items():
-        if address not in listed and drivers.get(address, "nvidia") == "nvidia":
+        if address not in listed and _is_ours(drivers.get(address, "nvidia")):
             text = f"NVML listed this GPU {latest.at - at:.0f} s ago and does not any more"
             yield Loss(address, text, Evidence(Source.NVML.value, address, text), at, Confidence.MEDIUM)
+
+
+def _is_ours(driver: Maybe[str]) -> bool:
+    """Whether a device is the NVIDIA driver's as far as is known; `vfio-pci` and its like were given it on purpose."""
+    return not known(driver) or driver == "nvidia"
 
 
 def _listed_before(history: History) -> dict[str, float]:

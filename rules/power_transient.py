@@ -25,6 +25,8 @@ class Limits(msgspec.Struct, frozen=True):
     swing_ratio: float = 0.5
     """A common step of this share of the limits, again and again, is worth a notice. guess."""
     swings: int = 5
+    swing_seconds: float = 5.0
+    """At least one such step in this time on average. guess: sporadic requests step less often."""
     window_seconds: float = 600.0
     """guess: as for cooling."""
 
@@ -59,13 +61,16 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
         yield _finding(history, draw, text, more=tuple(evidence for _, evidence in braked))
     elif over >= limits.overshoot_ratio and draw.peak.above >= min(2, draw.gpus):
         yield _finding(history, draw, peak)
-    elif sum(1 for s in draw.steps if s >= limits.swing_ratio * draw.limit_watts) >= limits.swings:
-        count = sum(1 for s in draw.steps if s >= limits.swing_ratio * draw.limit_watts)
+    elif (count := _swings(draw, limits)) >= max(limits.swings, draw.seconds / limits.swing_seconds):
         text = (
             f"{draw.gpus} GPUs step their power together by up to {step / 1e3:.2f} kW, {count} times in "
             f"{draw.seconds:.0f} s: within their limits, and hard on a supply sized for the mean"
         )
         yield _finding(history, draw, text, severity=Severity.NOTICE)
+
+
+def _swings(draw: Draw, limits: Limits) -> int:
+    return sum(1 for step in draw.steps if step >= limits.swing_ratio * draw.limit_watts)
 
 
 def _braked(history: History, limits: Limits) -> list[tuple[str, Evidence]]:

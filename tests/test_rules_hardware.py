@@ -188,6 +188,28 @@ def test_a_gpu_that_came_back_is_a_warning_for_a_while() -> None:
     assert "answers again" in finding.summary
 
 
+def without_driver(snapshot: Snapshot, driver: Any) -> Snapshot:
+    devices = tuple(
+        nodes.put(d, driver=driver) if d.address == nodes.address(3) else d for d in snapshot.host.pci_devices or ()
+    )
+    held = tuple(d for d in snapshot.host.driver_gpus or () if d.pci_address != nodes.address(3))
+    return nodes.put(nodes.forget_gpu(snapshot, 3), host__pci_devices=devices, host__driver_gpus=held)
+
+
+def test_a_gpu_that_no_driver_took_is_missing() -> None:
+    unbound = nodes.each(nodes.healthy("hgx-h100-4"), lambda s: without_driver(s, Absent(Why.NOT_PRESENT)))
+    assert "no driver is bound" in one(gpu_lost.RULE, unbound).summary
+    contained = nodes.each(nodes.healthy("hgx-h100-4"), lambda s: without_driver(s, "nvidia"))
+    assert quiet(gpu_lost.RULE, contained)
+
+
+def test_a_pasted_lspci_shows_more_gpus_than_nvidia_smi() -> None:
+    def pasted(snapshot: Snapshot) -> Snapshot:
+        return nodes.put(without_driver(snapshot, Absent(Why.NOT_GIVEN)), host__driver_gpus=Absent(Why.NOT_GIVEN))
+
+    assert "PCI tree" in one(gpu_lost.RULE, nodes.each(nodes.healthy("hgx-h100-4"), pasted)).summary
+
+
 def test_a_gpu_given_to_a_virtual_machine_is_not_lost() -> None:
     def give_away(snapshot: Snapshot) -> Snapshot:
         devices = tuple(
@@ -717,6 +739,7 @@ def test_common_steps_within_the_limits_are_a_notice() -> None:
         lambda s: stepping(s, 300.0, 900.0, gpus=1),  # one GPU alone
         lambda s: nodes.with_gpu(s, 1, clocks__power_brake_seconds=77.0),  # long ago
         lambda s: stepping(s, 70.0, 650.0, period=200),  # idle all along
+        lambda s: stepping(s, 70.0, 650.0, period=60),  # a request now and then
     ],
 )
 def test_what_only_looks_like_a_transient(change: Any) -> None:

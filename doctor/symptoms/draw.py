@@ -17,6 +17,10 @@ STEP_SECONDS = 0.5
 """A change within this time is a step. guess: slower ones a power supply follows."""
 
 
+WINDOW_SECONDS = 600.0
+"""How far back samples are laid over each other. guess: as for cooling; an hour of ten samples a second is too much."""
+
+
 class Moment(msgspec.Struct, frozen=True):
     """What all GPUs drew at one time."""
 
@@ -27,7 +31,7 @@ class Moment(msgspec.Struct, frozen=True):
 
 
 class Draw(msgspec.Struct, frozen=True, kw_only=True):
-    """The power of all GPUs together over the samples that the history holds."""
+    """The power of all GPUs together over the last `WINDOW_SECONDS`."""
 
     gpus: int
     seconds: float
@@ -70,7 +74,9 @@ def limit_of(gpu: Gpu) -> float | None:
 
 
 def _by_bin(history: History, uuid: str) -> dict[int, float]:
-    return {int(s.at / BIN_SECONDS): s.value for _, gpu in history.of_gpu(uuid) for s in gpu.power.samples}
+    oldest = history.now - WINDOW_SECONDS
+    recent = (gpu for at, gpu in history.of_gpu(uuid) if at >= oldest)
+    return {int(s.at / BIN_SECONDS): s.value for gpu in recent for s in gpu.power.samples}
 
 
 def _together(series: list[dict[int, float]], limits: list[float]) -> list[Moment]:
@@ -99,5 +105,5 @@ def _steps(moments: list[Moment]) -> tuple[float, ...]:
             end += 1
         watts = [m.watts for m in moments[start : end + 1]]
         steps.append(max(watts) - min(watts))
-        start = end + 1
+        start = max(end, start + 1)  # the next one begins where this one ended: a step between them counts
     return tuple(sorted(steps, reverse=True))
