@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from doctor.history import History
 from doctor.rule import Evidence, Finding, NoLimits, Severity, Subject, facts_of_gpu, rule
-from doctor.snapshot import Source, known
+from doctor.snapshot import Gpu, Source, known
 from doctor.symptoms.names import gpu_at, name_at
 from doctor.symptoms.xids import xid_events
 
@@ -17,6 +17,13 @@ WORDS = {
     "drain-and-reset": "to be drained and reset",
 }
 """NVML's GPU recovery action (since driver 570), and the same word in Xid 154."""
+
+REMEDIES = {
+    "reset": "drain the GPU, then `nvidia-smi -r -i {index}`",
+    "reboot": "drain the node and reboot it",
+    "drain-p2p": "stop the engines whose ranks use this GPU together with others",
+    "drain-and-reset": "drain the GPU, then `nvidia-smi -r -i {index}`",
+}
 
 
 @rule(
@@ -47,5 +54,11 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
             evidence=(proof,),
             subject=Subject(gpus=(gpu.uuid,) if gpu else ()),
             since=at,
-            facts=dict(facts_of_gpu(gpu.index, pci_address, gpu.uuid)) if gpu else {"pci-address": pci_address},
+            facts=_facts(gpu, pci_address, action),
         )
+
+
+def _facts(gpu: Gpu | None, pci_address: str, action: str) -> dict[str, str]:
+    facts = dict(facts_of_gpu(gpu.index, pci_address, gpu.uuid)) if gpu else {"pci-address": pci_address}
+    remedy = REMEDIES.get(action, "").format(index=gpu.index if gpu else "<gpu-index>")
+    return facts | ({"remedy": remedy} if remedy else {})
