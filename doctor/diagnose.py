@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from doctor.history import History
-from doctor.report import Report, in_order_of_cause, verdict_of
+from doctor.report import Report, in_order_of_cause, passed_over, verdict_of
 from doctor.rule import AnyRule, Finding, Unjudged
 from doctor.snapshot import Snapshot, Source
 
@@ -46,6 +46,6 @@ def judge(history: History, rules: Sequence[AnyRule], optional: frozenset[Source
         findings=in_order_of_cause(findings),
         unjudged=tuple(unjudged),
         quiet=tuple(quiet),
-        unseen=latest.unseen,
+        unseen=latest.unseen + passed_over(latest),
         snapshot=latest,
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from doctor.rule import Confidence, Finding, Severity, Unjudged
-from doctor.snapshot import Node, Snapshot, Source, Unseen, Why
+from doctor.snapshot import Absent, Node, Snapshot, Source, Unseen, Why
 
 SCHEMA = 1
 """Version of the JSON report; a field that changes its meaning raises it."""
@@ -67,6 +67,19 @@ def essential_sources(snapshot: Snapshot) -> frozenset[Source]:
     if any(engine.kind == "vllm" for engine in snapshot.engines):
         essential |= {Source.ENGINE_LOG, Source.ENGINE_METRICS}
     return frozenset(essential)
+
+
+def passed_over(snapshot: Snapshot) -> tuple[Unseen, ...]:
+    """Return what of the logs was read only in part: an over-long line, matching lines over the visit's bound."""
+    return tuple(
+        Unseen(Source.ENGINE_LOG, Absent(Why.FAILED, why), f"part of {log.log}")
+        for log in snapshot.logs
+        for number, why in (
+            (log.long_lines, f"over-long lines of which only the beginning was read: {log.long_lines}"),
+            (log.dropped, f"further lines that matter, counted and not kept: {log.dropped}"),
+        )
+        if number
+    )
 
 
 def verdict_of(findings: Sequence[Finding], snapshot: Snapshot, optional: frozenset[Source]) -> Verdict:

@@ -11,7 +11,7 @@ from doctor.diagnose import watch
 from doctor.history import History, measured_once
 from doctor.report import Report, Verdict
 from doctor.rule import AnyRule, Confidence, Evidence, Finding, NoLimits, Rule, Severity, Subject
-from doctor.snapshot import NOT_GIVEN, Absent, Engine, Snapshot, Source, Unseen, Why
+from doctor.snapshot import NOT_GIVEN, Absent, Engine, LogState, Snapshot, Source, Unseen, Why
 
 ALL_SEEN = (Source.NVML, Source.KERNEL_LOG, Source.ENGINE_LOG, Source.ENGINE_METRICS)
 
@@ -201,6 +201,16 @@ def test_a_symptom_is_measured_once_a_visit() -> None:
     history = History((Snapshot(at=1.0),), keep=60)
     assert (symptom(history), symptom(history), asked) == (1, 1, [1.0])
     assert symptom(history.after(Snapshot(at=2.0))) == 2
+
+
+def test_what_was_read_only_in_part_is_said() -> None:
+    cut = Snapshot(at=1.0, seen=ALL_SEEN, logs=(LogState(log="vllm.log", lines=9, long_lines=1, dropped=7),))
+    assert [(u.what, u.why.detail) for u in report_of(rule_that(), snapshot=cut).unseen] == [
+        ("part of vllm.log", "over-long lines of which only the beginning was read: 1"),
+        ("part of vllm.log", "further lines that matter, counted and not kept: 7"),
+    ]
+    whole = Snapshot(at=1.0, seen=ALL_SEEN, logs=(LogState(log="vllm.log", lines=9),))
+    assert report_of(rule_that(), snapshot=whole).unseen == ()
 
 
 def test_a_finding_s_own_severity_overrides_its_rule_s() -> None:
