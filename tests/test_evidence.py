@@ -265,6 +265,7 @@ def test_a_pipe_is_read_from_its_first_byte(folder: Folder) -> None:
         (gzip.compress(DMESG.encode() * 50)[:60], "can't be read to its end"),
         (b"Dear all, our holiday starts on Friday.\n", "nothing in it is evidence"),
     ],
+    ids=["empty", "binary", "zeros", "zip", "zstd", "torn gzip", "a letter"],
 )
 def test_garbage_is_refused_with_one_sentence_that_names_the_file(folder: Folder, content: bytes, says: str) -> None:
     path = folder.file(content, "odd")
