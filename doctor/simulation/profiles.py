@@ -244,7 +244,6 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     started_seconds: float = -3600.0
     """When the engine started, against the drill's time."""
     port: int = 8000
-    vllm_version: str = "0.11.0"
     memory_utilization: float = 0.9
     requests: int = 64
     """Running requests at full load."""
