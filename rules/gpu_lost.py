@@ -14,7 +14,6 @@ from doctor.symptoms.engine_log import incidents
 from doctor.symptoms.xids import answered_since, of_this_boot, xid_events
 from rules.tables.xids import codes_of
 
-
 XIDS = codes_of("gpu-lost")
 
 

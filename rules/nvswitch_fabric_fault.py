@@ -108,7 +108,7 @@ def _manager(history: History, limits: Limits) -> Iterator[Trouble]:
 
 
 def _manager_of_some_board(history: History) -> Iterator[Trouble]:
-    """A manager that failed, where nothing tells whether this board needs one; "nothing to do" says that it does not."""
+    """Yield a manager that failed where nothing tells whether this board needs one; "nothing to do" says that it does not."""
     manager = history.latest.fabric_manager
     if manager.unit_state == "failed" and all(m.kind != "nothing-to-do" for m in standing_messages(history)):
         yield Trouble(

@@ -32,6 +32,16 @@ class Limits(msgspec.Struct, frozen=True):
     """Measured over what half of the ranks are predicted to need. The prediction is right within about a third."""
 
 
+class Stream(msgspec.Struct, frozen=True):
+    """A single stream over a group that half of its ranks could hold."""
+
+    engine: Engine
+    group: RankGroup
+    load: Decoding
+    model: Model
+    card: Card
+
+
 @rule(
     "tp-single-stream-stall",
     "One stream is spread over more ranks than make it faster",
@@ -86,7 +96,7 @@ def _single(
     elif not known(model):
         yield model
     elif _fits(engine, model, card, group.size // 2):
-        yield from _judged(history, engine, group, load, model, card, limits)
+        yield from _judged(history, Stream(engine, group, load, model, card), limits)
 
 
 def _fits(engine: Engine, model: Model, card: Card, ranks: int) -> bool:
@@ -105,13 +115,13 @@ def _fits(engine: Engine, model: Model, card: Card, ranks: int) -> bool:
     return not why_tp_impossible(model, ranks) and left.holds(next((n for n in asked if known(n)), 1))
 
 
-def _judged(
-    history: History, engine: Engine, group: RankGroup, load: Decoding, model: Model, card: Card, limits: Limits
-) -> Iterator[Finding]:
+def _judged(history: History, stream: Stream, limits: Limits) -> Iterator[Finding]:
+    engine, group, load = stream.engine, stream.group, stream.load
     half, measured = group.size // 2, load.inter_token_seconds
-    if measured is not None and measured < read_bytes_per_gpu(model, half, 1) / card.memory_bytes_per_second:
+    ideal = read_bytes_per_gpu(stream.model, half, 1) / stream.card.memory_bytes_per_second
+    if measured is not None and measured < ideal:
         return  # half of the ranks could not do this even at full memory bandwidth: the width pays
-    predicted = _predicted(history, group.gpus[:half], model, card)
+    predicted = _predicted(history, group.gpus[:half], stream.model, stream.card)
     slower = measured is not None and predicted is not None and measured >= limits.slower_ratio * predicted
     took = f"a token takes {measured * 1e3:.1f} ms" if measured is not None else "how long a token takes was not seen"
     would = f"; TP={half} is predicted at {predicted * 1e3:.1f} ms" if predicted is not None else ""
