@@ -6,9 +6,10 @@ from typing import Any
 
 import nodes
 import pytest
+from loads import loaded
 
 from doctor.rule import AnyRule, Confidence, Finding, Severity
-from doctor.snapshot import Absent, Histogram, Snapshot, Source, Why
+from doctor.snapshot import Absent, Snapshot, Source, Why
 from rules import allreduce_dominant, model_does_not_fit, throughput_below_reference, tp_too_wide
 
 MINE = (
@@ -30,44 +31,6 @@ def one(rule: AnyRule, visits: tuple[Snapshot, ...]) -> Finding:
 
 def quiet(rule: AnyRule, visits: tuple[Snapshot, ...]) -> bool:
     return rule.judge(nodes.history(visits)) == ((), None)
-
-
-def histogram(value: float, count: float, bounds: tuple[float, ...] = (1000, 10000, 100000)) -> Histogram:
-    counts = tuple(count if value <= bound else 0.0 for bound in (*bounds, float("inf")))
-    return Histogram(bounds=tuple(map(float, bounds)), counts=counts, sum=value * count)
-
-
-def loaded(
-    profile: str,
-    *,
-    tp: int | None = None,
-    visits: int = 50,
-    streams: float = 32,
-    token: float = 0.02,
-    prompt: float = 1024,
-    answer: float = 256,
-    **page: Any,
-) -> tuple[Snapshot, ...]:
-    """Return visits of a node whose engine decodes *streams* requests, *token* seconds a step."""
-
-    def work(snapshot: Snapshot) -> Snapshot:
-        seconds = 3600.0 + snapshot.at - nodes.START
-        steps = seconds / token
-        tokens = steps * streams
-        requests = tokens / answer
-        fields = {
-            "running": streams,
-            "steps_total": steps,
-            "generation_tokens_total": tokens,
-            "prompt_tokens_total": requests * prompt,
-            "requests_succeeded_total": requests,
-            "inter_token_seconds": nodes.inter_token(token, tokens),
-            "request_prompt_tokens": histogram(prompt, requests),
-            "request_generation_tokens": histogram(answer, requests),
-        }
-        return nodes.with_metrics(snapshot, **(fields | page))
-
-    return nodes.each(nodes.healthy(profile, visits=visits, tp=tp), work)
 
 
 def with_model(visits: tuple[Snapshot, ...], **changes: Any) -> tuple[Snapshot, ...]:
