@@ -30,7 +30,7 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
         if "estimated_max_model_len" in cause.facts:
             facts["max-model-len"] = str(cause.facts["estimated_max_model_len"])
         yield Finding(
-            summary=_what(cause.facts),
+            summary=_what(cause.facts, none_at_all=cause.signal == "no-kv-blocks"),
             evidence=(
                 Evidence(Source.ENGINE_LOG.value, cause.where, cause.text),
                 *(Evidence(Source.ENGINE_LOG.value, e.where, e.text) for e in log.having("kv-cache-memory")[:1]),
@@ -42,7 +42,7 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
         )
 
 
-def _what(facts: dict[str, int | float | str]) -> str:
+def _what(facts: dict[str, int | float | str], *, none_at_all: bool) -> str:
     if "needed_bytes" in facts and "available_bytes" in facts:
         needed, available = float(facts["needed_bytes"]) / GIB, float(facts["available_bytes"]) / GIB
         fits = (
@@ -56,4 +56,6 @@ def _what(facts: dict[str, int | float | str]) -> str:
         return f"The KV cache holds {facts['tokens']} tokens, one request may be {facts['max_model_len']} long"
     if "max_model_len" in facts:
         return f"The KV cache can't hold one request of {facts['max_model_len']} tokens"
-    return "Weights and activations leave no memory for any KV cache block"
+    if none_at_all:
+        return "Weights and activations leave no memory for any KV cache block"
+    return "The KV cache that is left can't hold one request of the longest context"

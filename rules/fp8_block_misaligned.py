@@ -28,8 +28,10 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
         tensor_parallel = log.fact("tensor_parallel_size")
         under = f" at tensor-parallel size {tensor_parallel}" if tensor_parallel else ""
         word = "block" if cause.facts.get("kind") == "fp8-block" else "group"
+        width = f" of width {size}" if size else ""
+        multiple = f" of {block}" if block else ""
         yield Finding(
-            summary=f"A shard of width {size}{under} is not a multiple of the quantization {word} of {block}: the weights can't be split so",
+            summary=f"A shard{width}{under} is not a multiple of the quantization {word}{multiple}: the weights can't be split so",
             evidence=(Evidence(Source.ENGINE_LOG.value, cause.where, cause.text),),
             confidence=Confidence.HIGH,
             subject=Subject(engine=log.engine),

@@ -169,6 +169,13 @@ FIRES = {
     "V0's preemptions": ("WARNING 11-20 08:00:00 scheduler.py:1775] Sequence group cmpl-7 is preempted by PreemptionMode.RECOMPUTE mode because there is not enough KV cache space. total_num_cumulative_preemption=51\n", "kv-cache-saturated"),
     "a start that takes too long": ("TimeoutError: Timed out waiting for engine core processes to start. Waited 600s\n", "engine-crashed"),
     "waits while starting, for long": ("INFO 11-20 07:00:00 [m.py:1] Starting to load model x...\n" + WAIT.format(0) * 9, "engine-stalled"),
+    "cut: heads": ("ValueError: Total number of\nattention heads (28) must be divisible by tensor parallel size\n(8).\n", "tp-heads-indivisible"),
+    "cut: blocks": ("ValueError: The output_size of gate's and up's weight\n= 96 is not divisible by weight quantization block_n =\n128.\n", "fp8-block-misaligned"),
+    "cut: KV cache": ("ValueError: To serve at least one request with the models's max seq\nlen (131072), (40.00 GiB KV cache is needed, which is larger than the available KV cache memory\n", "context-does-not-fit"),
+    "cut: free memory": ("ValueError: Free memory on device (31.44/47.38\nGiB) on startup is less than desired GPU memory utilization (0.95,\n", "out-of-memory-at-startup"),
+    "cut: driver": ("The NVIDIA driver on your system is too old (found\nversion 12020).\n", "stack-mismatch"),
+    "cut: world size": ("Value error, World size\n(8) is larger than the number of available GPUs\n(4) in this node.\n", "tp-exceeds-visible-gpus"),
+    "the engine core's death in 0.8.5": ("RuntimeError: Engine core initialization failed. See root cause above.\n", "engine-crashed"),
     "gated model": ("huggingface_hub.errors.GatedRepoError: 401 Client Error. Access to model x is restricted.\n", "launch-refused"),
     "a flag it does not know": ("usage: vllm serve\nvllm: error: unrecognized arguments: --tp 4\n", "launch-refused"),
 }  # fmt: skip

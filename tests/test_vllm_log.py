@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from calendar import timegm
 
 import pytest
@@ -346,6 +347,29 @@ def test_a_line_without_end_costs_no_memory_and_is_read_at_its_beginning() -> No
     assert [e.where for e in reading.events] == ["l:1", "l:2"]
     assert reading.state.long_lines == 1
     assert all(len(e.text) <= vllm_log.TEXT_MAX for e in reading.events)
+
+
+def test_a_quoted_report_of_death_is_no_statistics_line() -> None:
+    assert only('"Engine core initialization failed. See root cause above."').signal == "engine-core-init-failed"
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "num_heads is not divisible by tp_size 3 ",
+        "Avg prompt throughput: 1 tokens/s, ",
+        "(a(a(a ",
+        "Watchdog caught collective operation timeout SeqNum=1, OpType=A ",
+        "max seq len (1), (1 GiB KV cache is needed ",
+        "Process 1 has 1 GiB memory in use CUDA out of memory. ",
+        "non-default args: 'a': 'b', ",
+    ],
+)
+def test_no_line_takes_long_however_it_repeats_itself(unit: str) -> None:
+    line = (unit * (vllm_log.LINE_MAX_BYTES // len(unit))).encode() + b"\n"
+    started = time.perf_counter()
+    events_of(line * 3)
+    assert time.perf_counter() - started < 1.5
 
 
 def test_a_flood_of_errors_keeps_the_first_and_the_last_and_counts_the_rest() -> None:

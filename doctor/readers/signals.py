@@ -21,7 +21,8 @@ class Signal(msgspec.Struct, frozen=True):
     name: str
     literal: str
     pattern: str = ""
-    """Searched in the message; its named groups become facts. Empty: the literal says it all."""
+    """Searched in the message; its named groups become facts. Empty: the literal says it all. Where a paste was wrapped or
+    cut, a row without pattern behind one with the same meaning takes what is left."""
     kind: str = ""
     """The fact `kind`, where several rows share one name."""
     informs: bool = False
@@ -57,6 +58,7 @@ ALL_REDUCE = (
     Signal("flashinfer-allreduce-unavailable", "FlashInfer mnnvl allreduce workspace unavailable"),
     Signal("flashinfer-allreduce-unavailable", "AllReduce fusion pass is disabled"),
     Signal("p2p-probe-failed", "Error happened when batch testing peer-to-peer access", r"access from (?P<source>\([^)]*\)) to (?P<target>\([^)]*\))"),
+    Signal("p2p-probe-failed", "Error happened when batch testing peer-to-peer access"),
     Signal("p2p-cache-read", "GPU P2P access cache", r"^(?:reading|generating) GPU P2P access cache (?:from|in) (?P<path>\S+)", informs=True),
     Signal("nvlink-detection-failed", "NVLink detection failed"),
 )  # fmt: skip
@@ -80,14 +82,18 @@ MEMORY = (
     Signal("cuda-out-of-memory", "Cuda failure", r"Cuda failure (?:2 )?'out of memory'"),
     Signal("cuda-out-of-memory", "CUBLAS_STATUS_ALLOC_FAILED"),
     Signal("free-memory-below-utilization", "Free memory on device", r"Free memory on device (?:cuda:(?P<gpu>\d+) )?\((?P<free_gib>[\d.]+)/(?P<total_gib>[\d.]+) GiB\) on startup is less than [^(]*\((?P<utilization>[\d.]+), (?P<wanted_gib>[\d.]+) GiB\)"),
+    Signal("free-memory-below-utilization", "is less than desired GPU memory utilization"),
     Signal("host-memory-too-small", "Available memory on node ", r"\((?P<free_gib>[\d.]+)/(?P<total_gib>[\d.]+) GiB\).* is less than .*?(?P<wanted_gib>[\d.]+) GiB\)"),
     Signal("memory-profiling-disturbed", "Error in memory profiling."),
     Signal("no-kv-blocks", "No available memory for the cache blocks"),
     Signal("kv-cache-too-small", "max seq len (", r"max seq len \((?P<max_model_len>\d+)\),? \((?P<needed_gib>[\d.]+) Gi?B KV cache is needed, which is larger than the available KV cache memory \((?P<available_gib>[\d.]+) Gi?B\)(?:.*?estimated maximum model length is (?P<estimated_max_model_len>\d+))?"),
     Signal("kv-cache-too-small", "max seq len (", r"max seq len \((?P<max_model_len>\d+)\) is larger than the maximum number of tokens that can be stored in KV cache \((?P<tokens>\d+)\)"),
+    Signal("kv-cache-too-small", "which is larger than the available KV cache memory"),
+    Signal("kv-cache-too-small", "number of tokens that can be stored in KV cache"),
     Signal("kv-cache-memory", "Available KV cache memory: ", r"^Available KV cache memory: (?P<gib>-?[\d.]+) GiB", informs=True),
     Signal("kv-cache-size", " KV cache size: ", r"^\w+ KV cache size: (?P<tokens>[\d,]+) tokens", informs=True),
     Signal("preemption", "is preempted by", r"total_num_cumulative_preemption=(?P<total>\d+)"),
+    Signal("preemption", "because there is not enough KV cache space"),
     Signal("no-space-left", "No space left on device", r"No space left on device(?:.*?(?P<path>/dev/shm\S*))?"),
 )  # fmt: skip
 
@@ -116,7 +122,7 @@ LIFE = (
     Signal("engine-dead", "Background loop is not running"),
     Signal("engine-dead", "Engine loop is not running"),
     Signal("engine-dead", "Task finished unexpectedly. This should never happen"),
-    Signal("engine-core-init-failed", "Engine core initialization failed", r"Failed core proc\(s\): \{(?:'(?P<process>[^']+)': (?P<exit_code>-?\d+))?"),
+    Signal("engine-core-init-failed", "Engine core initialization failed", r"initialization failed(?:.{0,80}Failed core proc\(s\): \{'(?P<process>[^']+)': (?P<exit_code>-?\d+))?"),
     Signal("engine-core-init-failed", "Engine process failed to start"),
     Signal("engine-core-init-failed", "RPCServer process died before responding"),
     Signal("engine-start-timeout", "Timed out waiting for engine"),
@@ -138,13 +144,14 @@ LIFE = (
 )  # fmt: skip
 
 COLLECTIVES = (
-    Signal("watchdog-timeout", "Watchdog caught collective operation timeout", r"(?:\[Rank (?P<rank>\d+)\])?.*?SeqNum=(?P<seq>\d+), OpType=(?P<op>\w+).*?Timeout\(ms\)=(?P<timeout_ms>\d+)\) ran for (?P<ran_ms>\d+) milliseconds"),
+    Signal("watchdog-timeout", "Watchdog caught collective operation timeout", r"(?:\[Rank (?P<rank>\d+)\] )?Watchdog caught collective operation timeout: \w+\(SeqNum=(?P<seq>\d+), OpType=(?P<op>\w+).{0,200}?Timeout\(ms\)=(?P<timeout_ms>\d+)\) ran for (?P<ran_ms>\d+) milliseconds"),
     Signal("watchdog-timeout", "Watchdog caught collective operation timeout"),
     Signal("watchdog-timeout", "timeout watchdog detected operation timeout"),
     Signal("watchdog-timeout", " operation to complete", r"gloo.*Timed out waiting (?P<timeout_ms>\d+)ms for (?:recv|send) operation"),
     Signal("watchdog-work", "last enqueued NCCL work: ", r"(?:work sequence id|[Ww]ork): (?P<seq>\d+), last enqueued NCCL work: (?P<enqueued>-?\d+), last completed NCCL work: (?P<completed>-?\d+)"),
     Signal("watchdog-work", "last enqueued work: ", r"(?P<seq>\d+).*last enqueued work: (?P<enqueued>-?\d+), last completed work: (?P<completed>-?\d+)"),
     Signal("nccl-duplicate-gpu", "Duplicate GPU detected", r"rank (?P<first>\d+) and rank (?P<second>\d+) both on CUDA device (?P<device>\w+)"),
+    Signal("nccl-duplicate-gpu", "Duplicate GPU detected"),
     Signal("nccl-nvls-failed", "NVLink SHARP (NVLS) Multicast memory"),
     Signal("nccl-nvls-failed", "transport/nvls.cc", r"NCCL WARN"),
     Signal("nccl-shm-failed", "shared memory segment", r"Error while .*shared memory segment (?P<path>\S+) \(size (?P<wanted_bytes>\d+)\)"),
@@ -183,6 +190,7 @@ CUDA = (
     Signal("cuda-error", "unsupported display driver / cuda driver combination", kind="driver-mismatch"),
     Signal("cuda-error", "forward compatibility was attempted on non supported HW", kind="compat-unsupported"),
     Signal("cuda-error", "NVIDIA driver on your system is too old", r"found version (?P<found>\d+)", kind="driver-too-old"),
+    Signal("cuda-error", "NVIDIA driver on your system is too old", kind="driver-too-old"),
     Signal("cuda-error", "CUDA driver version is insufficient for CUDA runtime version", kind="driver-too-old"),
     Signal("cuda-error", "API call is not supported in the installed CUDA driver", kind="driver-too-old"),
     Signal("cuda-error", "Found no NVIDIA driver on your system", kind="no-driver"),
@@ -233,20 +241,25 @@ LIBRARIES = (
 
 LAUNCH = (
     Signal("launch-error", "must be divisible by tensor parallel size", r"attention heads \((?P<heads>\d+)\) must be divisible by tensor parallel size \((?P<tensor_parallel_size>\d+)\)", kind="heads-indivisible"),
+    Signal("launch-error", "must be divisible by tensor parallel size", kind="heads-indivisible"),
     Signal("launch-error", " is not divisible by ", r"(?:num_heads|num_kv_heads|total_num_heads|attention heads)\D{0,20}(?P<heads>\d+)?.* is not divisible by .*(?:tp_size|tensor parallel)\D*(?P<tensor_parallel_size>\d+)?", kind="heads-indivisible"),
     Signal("launch-error", " is not divisible by ", r"^AssertionError: (?P<size>\d+) is not divisible by (?P<tensor_parallel_size>\d+)$", kind="heads-indivisible"),
     Signal("launch-error", "is not divisible by weight quantization block", r"= (?P<size>\d+) is not divisible by weight quantization block_(?P<side>[nk]) = (?P<block>\d+)", kind="fp8-block"),
+    Signal("launch-error", "is not divisible by weight quantization block", kind="fp8-block"),
     Signal("launch-error", "is not divisible by group_size", r"= (?P<size>\d+) is not divisible by group_size = (?P<block>\d+)", kind="quantization-group"),
     Signal("launch-error", "is not divisible by tile_", r"= (?P<size>\d+) is not divisible by tile_\w+ = (?P<block>\d+)", kind="quantization-group"),
     Signal("launch-error", "is not divisible by min_thread", r"= (?P<size>\d+) is not divisible by min_thread_. = (?P<block>\d+)", kind="quantization-group"),
     Signal("launch-error", "is larger than the number of available GPUs", r"World size \((?P<world_size>\d+)\) is larger than the number of available GPUs \((?P<gpus>\d+)\)", kind="world-size"),
+    Signal("launch-error", "is larger than the number of available GPUs", kind="world-size"),
     Signal("launch-error", "cannot be larger than the number of available GPUs", r"size \((?P<world_size>\d+)\) cannot be larger than the number of available GPUs \((?P<gpus>\d+)\)", kind="world-size"),
+    Signal("launch-error", "cannot be larger than the number of available GPUs", kind="world-size"),
     Signal("launch-error", "please ensure that world_size", r"world_size \((?P<world_size>\d+)\) is less than than max local gpu count \((?P<gpus>\d+)\)", kind="world-size"),
     Signal("launch-error", "exceeds the total number of available", r"number of required \w+ exceeds", kind="world-size"),
     Signal("launch-error", "Current node has no GPU available", kind="world-size"),
     Signal("launch-error", "Cannot provide a placement group of", kind="world-size"),
     Signal("launch-error", " exceeds available GPUs (", r"size \((?P<world_size>\d+)\) exceeds available GPUs \((?P<gpus>\d+)\)", kind="world-size"),
     Signal("launch-error", "does not match the quantization method specified in the `quantization` argument", r"model config \((?P<checkpoint>\w+)\).*argument \((?P<flag>\w+)\)", kind="quantization-mismatch"),
+    Signal("launch-error", "does not match the quantization method specified", kind="quantization-mismatch"),
     Signal("launch-error", "Cannot find the config file for ", r"config file for (?P<flag>\w+)", kind="quantization-mismatch"),
     Signal("launch-error", "Unknown quantization method", r"method: '?(?P<checkpoint>[\w-]+)", kind="quantization-mismatch"),
     Signal("launch-error", "Invalid quantization method", kind="quantization-mismatch"),

@@ -22,6 +22,8 @@ LINE_MAX_BYTES = 64 * 1024
 """Of a longer line only the beginning is read."""
 TEXT_MAX = 600
 """Characters of a message that an event keeps."""
+RECORD_MAX = 8192
+"""Characters of a record that are looked at: the head of an engine's configuration line is as long; prompts are longer."""
 BLOCK_BYTES = 512 * 1024
 """How much is split into lines at once: bounds the memory, whatever size the chunks have."""
 FIRST_KEPT = 24
@@ -69,6 +71,8 @@ class LogReader:
         self._rest = b""
         self._rest_is_long = False
         self._traces: dict[tuple[str, int | None], _Trace] = {}
+        self._traced_line = 0
+        """The last line of an open traceback."""
         self._harmless: tuple[str, int | None] | None = None
         """The process whose last traceback was harmless: so are those chained to it."""
         self._before = b""
@@ -154,13 +158,15 @@ class LogReader:
                 continue
             head = line.find(b"] ", 0, 200)
             if head > 0 and not self._traces and line.find(b"INFO ", 0, head) >= 0:
-                if not line.startswith(_INFORMING_STARTS, head + 2) and _AGGREGATED not in line:
+                if not line.startswith(_INFORMING_STARTS, head + 2) and _STATS_TEXT not in line:
                     continue
             elif not self._traces and not any(token in line for token in _GATE):
                 continue
             number += block.count(b"\n", counted, found.start() + 1)
             counted = found.start() + 1
-            if line.startswith(_STATS_STARTS, head + 2) or _AGGREGATED in line:
+            if self._traces and number - self._traced_line > _TRACE_MAX_LINES:
+                self._traces.clear()  # their processes have fallen silent: an open traceback costs speed
+            if _STATS_TEXT in line:
                 self._note_stats(number, line)
             else:
                 self._look_at(line, number, block, counted)
@@ -183,6 +189,8 @@ class LogReader:
             return
         for n, record in enumerate(self._records(raw)):
             found = self._said(record)
+            if (record.process, record.pid) in self._traces:
+                self._traced_line = number
             if found is None:
                 continue
             signal, facts = found
@@ -219,6 +227,8 @@ class LogReader:
         """Return the signal and its facts, or None; open and close tracebacks on the way."""
         text = record.text
         key = (record.process, record.pid)
+        if " NCCL INFO " in text:
+            return None
         if record.level == "INFO":
             match = signals.matched(text, inform=True)
             return None if match is None else (match.name, _facts_of(match, text))
@@ -446,8 +456,7 @@ _WITH_TRACE = frozenset({"exception", "cuda-error", "cuda-out-of-memory", "nccl-
 _STATUS = ("200 OK", "404 Not Found", "400 Bad Request", "401 Unauthorized", "422 Unprocessable Entity", "500 Internal Server Error", "503 Service Unavailable")  # fmt: skip
 _ANSWERED = tuple(status.encode() + end for end in (b"", b"\x1b[0m", b"\r") for status in _STATUS)
 _POST = b"POST /"
-_STATS_STARTS = (b"Engine ", b"Avg prompt")
-_AGGREGATED = b"Engines Aggregated: "
+_STATS_TEXT = b"Avg prompt throughput: "
 _INFORMING_STARTS = tuple(start.encode() for start in signals.INFORMING_STARTS)
 _UNWANTED_RECORD = (
     rb" \d\d-\d\d \d\d:\d\d:\d\d \[?[\w./]{1,100}:\d+\] (?!\d|"
@@ -486,14 +495,20 @@ def _line_at(block: bytes, position: int) -> bytes:
 _ANSI = re.compile(r"(?:\x1b|←|\ufffd\[|\^\[)\[?[0-9;]*m|\x1b\[[0-9;?]*[A-Za-z]|\[[0-9]{1,2}(?:;[0-9]{1,3})*m")
 _ZONED = re.compile(
     r"\s*[\[(]?(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d+))?(?: (DP\d+ TP\d+|TP\d+|DP\d+))?"
-    r"(Z| ?[+-]\d\d:?\d\d)?[\])]?(?: std(?:out|err) [FP])? ?"
+    r"(Z| ?[+-]\d\d:?\d\d)?[\])]?(?: std(?:out|err) [FP])?[ \t]?"
 )
 _JOURNAL = re.compile(r"([A-Z][a-z]{2}) ([ \d]\d) (\d\d):(\d\d):(\d\d) \S+ [\w.@/\\-]+(?:\[\d+\])?: ?")
 _WRAPPING = re.compile(
-    r"[\w.-]+-\d+\s{1,12}\| ?"  # docker compose
+    r"[\w.-]{2,60}\s{1,12}\| ?"  # docker compose
     r"|\[rank(?P<rank>\d+)\]: ?"  # torch.distributed's excepthook
     r"|(?:> ?)+|E {3,}|#+ |[-*] (?=[A-Z(\[])"  # a quotation, pytest, Markdown
+    r"|\s{0,8}\|(?:\s{0,4}\|){0,8}(?: |$)"  # a column of a build system
     r"|\d{1,4}: (?=[A-Z(\[])"  # srun --label
+    r"|\[\d+,\d+\]<std(?:out|err)>:"  # mpirun --tag-output
+    r"|\[(?:pod/[\w./-]{1,200}\]|[a-z][\w.-]{0,60}\]:) "  # kubectl logs --prefix, an init system's tag
+    r"|\d{1,7}\.\ds \d{1,7} "  # a notebook service's seconds and line number
+    r"|\[\d{1,7}\] (?=\S)|\s{0,7}\d{1,7}\t|[\w./-]{1,120}\.(?:log|txt|out|err):\d{1,9}:"  # line numbers: of a paste, cat -n, grep -n
+    r"|\s+(?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: \d\d-\d\d |: )|\((?:APIServer|EngineCore|V?llm|Worker|Ray)\w*[^()]{0,40} pid=|\[rank\d+\]: )"
 )
 _PROCESS = re.compile(
     r"\(?(?P<process>[A-Za-z][\w-]*?)(?: rank=(?P<rank>\d+))?(?: (?P<ranks>[A-Z]+\d+(?:_[A-Z]+\d+)*))?"
@@ -528,7 +543,8 @@ def _records_of(text: str, reference: float | None, utc_offset_seconds: float) -
         if wrapped is not None:
             yield from _of_json(wrapped, reference, utc_offset_seconds)
             return
-    record = Record(_ANSI.sub("", text) if "m" in text else text)
+    text = text[:RECORD_MAX]
+    record = Record((_ANSI.sub("", text) if "m" in text else text).rstrip())
     if _strip(record, reference, utc_offset_seconds):
         yield record
         return
@@ -682,7 +698,7 @@ def _of_json(wrapped: _Wrapped, reference: float | None, utc_offset_seconds: flo
     process, pid = wrapped.processName or "", wrapped.process
     lines = [*(message or "").splitlines(), *(wrapped.exc_info or "").splitlines()]
     for line in lines:
-        record = Record(line, level.upper(), process, pid if isinstance(pid, int) else None, None, at)
+        record = Record(line[:RECORD_MAX], level.upper(), process, pid if isinstance(pid, int) else None, None, at)
         if (of_name := re.search(r"VllmWorker-(\d+)$", process)) is not None:
             record.rank = int(of_name[1])
         yield record

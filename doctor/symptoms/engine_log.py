@@ -262,16 +262,33 @@ def _is_reason(error: EngineEvent) -> bool:
 
 
 def _end_of_chain(candidates: list[EngineEvent]) -> EngineEvent:
-    """Return the first error or, where Python chained a plainer one to it in the same process, that one."""
+    """Return the first error or, where Python chained a plainer one to it in the same process, that one.
+
+    A plainer one right behind it, unstamped, is the rest of a message that was wrapped when it was pasted.
+    """
     first = candidates[0]
-    if first.signal != "exception":
+    if not _is_plain(first):
         return first
     for error in candidates[1:]:
-        if (error.process, error.pid) != (first.process, first.pid) or "chained" not in error.facts:
+        wrapped = error.at is None and not error.level and 0 < _line(error) - _line(first) <= _WRAPPED_LINES
+        if (error.process, error.pid) != (first.process, first.pid) or not (wrapped or "chained" in error.facts):
             break
-        if error.signal != "exception":
+        if not _is_plain(error):
             return error
     return first
+
+
+def _is_plain(error: EngineEvent) -> bool:
+    """Whether the reader's table knows no more of it than that it is an error."""
+    return error.signal == "exception" or error.facts.get("kind") == "bad-value"
+
+
+_WRAPPED_LINES = 2
+
+
+def _line(event: EngineEvent) -> int:
+    number = event.where.rpartition(":")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def _is_vague(error: EngineEvent) -> bool:
