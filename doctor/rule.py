@@ -97,11 +97,12 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What fills the runbook's placeholders: `gpu-index`, `pci-address`, `unit`, …"""
     severity: Severity | None = None
     """None: the rule's own."""
+    explains: tuple[str, ...] = ()
+    """What follows from this finding; empty: what the rule says."""
 
     failure_mode: str = ""
     title: str = ""
     advice: tuple[str, ...] = ()
-    explains: tuple[str, ...] = ()
 
 
 class Unjudged(msgspec.Struct, frozen=True):
@@ -177,7 +178,7 @@ class Rule(Generic[L]):
             title=self.title,
             severity=finding.severity or self.severity,
             advice=self.runbook.advice(finding.facts),
-            explains=self.explains,
+            explains=finding.explains or self.explains,
         )
 
     @cached_property
