@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -58,6 +59,11 @@ def test_of_a_healthy_node_every_source_is_seen(name: str) -> None:
     assert second.fabric_manager.running is profile.fabric_manager
     if profile.fabric_manager:
         assert second.fabric_manager.version == profile.driver
+
+
+def test_no_visit_tells_where_the_simulation_keeps_its_files() -> None:
+    for snapshot in simulated.node("hgx-h100-4", ("gpu-lost:gpu=1",), every=0.1, times=1):
+        assert tempfile.gettempdir().encode() not in msgspec.json.encode(snapshot)
 
 
 def test_a_lost_gpu_shows_in_every_world() -> None:

@@ -123,7 +123,14 @@ def _visits(drill: Drill, every: float, times: int | None, patience_seconds: flo
         kernel_log = KernelLog(folder, open_file=_refused if root.has("kernel-log-denied") else os.open)
         collectors = (nvml, *live.without_nvml(folder, logs=logs, kernel_log=kernel_log))
         described = Node(name=f"simulated-{drill.profile}", simulated=True)
-        yield from live.every(every, collectors, times, node=described)
+        for snapshot in live.every(every, collectors, times, node=described):
+            yield _of_its_own_root(snapshot, folder)
+
+
+def _of_its_own_root(snapshot: Snapshot, folder: Path) -> Snapshot:
+    """Return the snapshot with paths as a process of the simulated node would write them."""
+    told = msgspec.json.encode(snapshot)
+    return msgspec.json.decode(told.replace(str(folder).encode(), b""), type=Snapshot)
 
 
 def _refused(path: str, flags: int) -> int:  # noqa: ARG001 - as os.open
