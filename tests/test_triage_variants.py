@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,51 @@ HEALTHY = {
 def test_what_is_over_or_harmless_raises_no_alarm(name: str, tmp_path: Path) -> None:
     report = report_of(tmp_path, HEALTHY[name])
     assert report.verdict in (Verdict.CLEAR, Verdict.NOTICE), [found.finding.summary for found in report.findings]
+
+
+STORIES = {
+    "nccl-timeout": "[rank1]:[E612 11:12:21.426415540 ProcessGroupNCCL.cpp:683] [Rank 1] Watchdog caught collective operation timeout: "
+    "WorkNCCL(SeqNum=91, OpType=ALLREDUCE, NumelIn=4, NumelOut=4, Timeout(ms)=600000) ran for 600081 milliseconds before timing out.\n"
+    "(EngineCore pid=10) ERROR 06-12 11:12:22 [core.py:708] EngineCore encountered a fatal error.\n",
+    "application-fault": "Traceback (most recent call last):\n"
+    '  File "/x/vllm/v1/worker/gpu_worker.py", line 300, in execute_model\n'
+    "    output = self.model_runner.execute_model(scheduler_output)\n"
+    "RuntimeError: CUDA error: an illegal memory access was encountered\n"
+    "(EngineCore pid=10) ERROR 06-12 11:12:22 [core.py:708] EngineCore encountered a fatal error.\n",
+    "tp-heads-indivisible": "Traceback (most recent call last):\n"
+    '  File "/x/vllm/config.py", line 300, in verify\n'
+    "    raise ValueError(\n"
+    "ValueError: Total number of attention heads (28) must be divisible by tensor parallel size (8).\n",
+    "clear": "node1:100:100 [0] NCCL INFO NET/Plugin: Plugin load returned 2 : libnccl-net.so: cannot open shared object file: No such file or directory\n"
+    "INFO 06-12 11:12:22 [gpu_model_runner.py:1549] Graph capturing finished in 18 secs, took 1.94 GiB\n",
+}  # fmt: skip
+
+WRAPPERS: dict[str, Callable[[int, str], str]] = {
+    "indented": lambda _, line: f"    {line}",
+    "tab": lambda _, line: f"\t{line}",
+    "quotation": lambda _, line: f"> {line}",
+    "column": lambda _, line: f"  | {line}",
+    "columns": lambda _, line: f"  |   | 2026-11-04 10:07:58.278801 master-0 >> {line}",
+    "compose": lambda _, line: f"vllm-1  | {line}",
+    "compose-by-name": lambda _, line: f"qwen3-vl-32b  | {line}",
+    "kubernetes": lambda _, line: f"2026-02-24T20:21:58.123456789Z stderr F {line}",
+    "kubectl": lambda _, line: f"[pod/vllm-0/vllm] {line}",
+    "journal": lambda _, line: f"Feb 24 20:21:58 node1 vllm[812]: {line}",
+    "tag": lambda _, line: f"[vllm]: {line}",
+    "mpirun": lambda _, line: f"[1,0]<stderr>:{line}",
+    "notebook": lambda n, line: f"449.7s {n} {line}",
+    "numbered": lambda n, line: f"[{n}] {line}",
+    "cat-n": lambda n, line: f"{n:6}\t{line}",
+    "grep-n": lambda n, line: f"logs/vllm.log:{n}:{line}",
+    "trailing-spaces": lambda _, line: f"{line}   ",
+    "carriage-returns": lambda _, line: f"{line}\r",
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_what_stands_before_a_line_changes_no_verdict(wrapper: str, story: str, tmp_path: Path) -> None:
+    lines = STORIES[story].splitlines()
+    text = "".join(WRAPPERS[wrapper](n, line) + "\n" for n, line in enumerate(lines, 1))
+    report = report_of(tmp_path, text)
+    assert first_of(report) == story, [found.finding.summary for found in report.findings]

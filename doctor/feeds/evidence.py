@@ -13,6 +13,7 @@ import itertools
 import re
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from os.path import commonpath
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
@@ -189,6 +190,17 @@ def _read(file: BinaryIO, size: int, path: Path) -> bytes:
         raise EvidenceError(msg) from e
 
 
+_INDENT = re.compile(rb"^([ \t]*)[^\s]", re.MULTILINE)
+
+
+def _dedented(data: bytes) -> bytes:
+    """Return the text without the indentation that all its lines share: it was cut out of an issue or a manifest."""
+    if data[:1] not in (b" ", b"\t"):
+        return data
+    shared = commonpath(_INDENT.findall(data))
+    return re.sub(rb"^" + shared, b"", data, flags=re.MULTILINE) if shared else data
+
+
 def _is_binary(data: bytes) -> bool:
     sample = data[: 1 << 20].strip(b"\0")[:_TEXT_SAMPLE_BYTES]  # a log that was truncated while open begins with zeros
     if not sample:
@@ -349,6 +361,8 @@ class _Gathered:
             elif _is_binary(first):
                 msg = f"{path}: is not text"
                 raise EvidenceError(msg)
+            if len(first) < FIRST_BYTES:
+                first = _dedented(first)
             self._text(file, first, path, name)
         found = bool(self.kinds)
         self.kinds |= before
