@@ -152,12 +152,17 @@ STORIES = {
     '  File "/x/vllm/config.py", line 300, in verify\n'
     "    raise ValueError(\n"
     "ValueError: Total number of attention heads (28) must be divisible by tensor parallel size (8).\n",
+    "stack-mismatch": "Traceback (most recent call last):\n"
+    '  File "/x/vllm/platforms/cuda.py", line 60, in wrapper\n'
+    "    pynvml.nvmlInit()\n"
+    "vllm.third_party.pynvml.NVMLError_LibRmVersionMismatch: Driver/library version mismatch\n",
     "clear": "node1:100:100 [0] NCCL INFO NET/Plugin: Plugin load returned 2 : libnccl-net.so: cannot open shared object file: No such file or directory\n"
     "INFO 06-12 11:12:22 [gpu_model_runner.py:1549] Graph capturing finished in 18 secs, took 1.94 GiB\n",
 }  # fmt: skip
 
 WRAPPERS: dict[str, Callable[[int, str], str]] = {
     "indented": lambda _, line: f"    {line}",
+    "indented-by-two": lambda _, line: f"  {line}",
     "tab": lambda _, line: f"\t{line}",
     "quotation": lambda _, line: f"> {line}",
     "column": lambda _, line: f"  | {line}",
@@ -185,3 +190,8 @@ def test_what_stands_before_a_line_changes_no_verdict(wrapper: str, story: str, 
     text = "".join(WRAPPERS[wrapper](n, line) + "\n" for n, line in enumerate(lines, 1))
     report = report_of(tmp_path, text)
     assert first_of(report) == story, [found.finding.summary for found in report.findings]
+
+
+def test_lines_that_share_no_indentation_keep_theirs(tmp_path: Path) -> None:
+    mixed = "\t" + STORIES["nccl-timeout"].replace("\n", "\n    ", 1)
+    assert first_of(report_of(tmp_path, mixed)) == "nccl-timeout"

@@ -13,7 +13,6 @@ import itertools
 import re
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from os.path import commonpath
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
@@ -197,8 +196,11 @@ def _dedented(data: bytes) -> bytes:
     """Return the text without the indentation that all its lines share: it was cut out of an issue or a manifest."""
     if data[:1] not in (b" ", b"\t"):
         return data
-    shared = commonpath(_INDENT.findall(data))
-    return re.sub(rb"^" + shared, b"", data, flags=re.MULTILINE) if shared else data
+    indents = {found[1] for found in _INDENT.finditer(data)}
+    shared = min(indents, key=len, default=b"")
+    if not all(indent.startswith(shared) for indent in indents):
+        return data
+    return re.sub(rb"^" + shared, b"", data, flags=re.MULTILINE)
 
 
 def _is_binary(data: bytes) -> bool:
