@@ -20,6 +20,8 @@ OFF = frozenset({"custom-allreduce-off-pcie", "custom-allreduce-off-p2p"})
 NO_MULTICAST = "multicast-unsupported"
 """Fatal in some releases: an all-reduce that needs NVSwitch multicast was chosen on GPUs that have none."""
 
+CONSEQUENCES = ("throughput-below-reference", "allreduce-dominant", "ttft-slow", "tp-single-stream-stall")
+
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
     """A rank group, what its GPUs are, and what speaks against it."""
@@ -40,7 +42,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     "Tensor-parallel ranks talk over PCIe",
     severity=Severity.WARNING,
     needs=(Source.NVML,),
-    explains=("throughput-below-reference", "allreduce-dominant", "ttft-slow", "tp-single-stream-stall"),
+    explains=CONSEQUENCES,
     limits=NoLimits(),
 )
 def RULE(history: History, limits: NoLimits) -> Iterator[Finding | Absent]:  # noqa: ARG001 - nothing to set
@@ -58,15 +60,16 @@ def RULE(history: History, limits: NoLimits) -> Iterator[Finding | Absent]:  # n
 
 
 def _cases(history: History) -> Iterator[Case]:
-    groups = [group for group in rank_groups(history) if group.size > 1]
+    groups = rank_groups(history)
     for group in groups:
-        yield _case(history, group)
-    judged = {group.engine for group in groups}
+        if group.size > 1:
+            yield _case(history, group)
+    judged = {group.engine for group in groups if group.size > 1}
     for log in engine_logs(history):
         case = _case(history, RankGroup(engine=log.engine, size=0, gpus=(), exact=False))
         if log.engine not in judged and case.lines:
             yield case
-    if not groups and not history.latest.engines and not engine_logs(history):
+    if not groups and not engine_logs(history):  # nothing tells what runs here: judge the board
         everyone = tuple(gpu.uuid for gpu in history.latest.gpus)
         case = _case(history, RankGroup(engine="", size=len(everyone), gpus=everyone, exact=False))
         if case.board and case.pairs:
@@ -125,7 +128,8 @@ def _fault(history: History, case: Case) -> Finding:
 
 def _advice(history: History, case: Case) -> Finding:
     ranks = f"{case.size} tensor-parallel ranks" if case.size else "the tensor-parallel ranks"
-    if any(e.signal == NO_MULTICAST for e in case.lines):
+    fatal = any(e.signal == NO_MULTICAST for e in case.lines)
+    if fatal:
         what = f"{ranks} were given an all-reduce that needs NVSwitch multicast, on GPUs that have none"
     elif case.board is False:
         model = next(p.model for gpu in history.latest.gpus if (p := product_of(gpu)) is not None)
@@ -139,18 +143,23 @@ def _advice(history: History, case: Case) -> Finding:
         severity=Severity.NOTICE,
         subject=Subject(gpus=case.gpus, engine=case.engine),
         since=min((e.at for e in case.lines if e.at is not None), default=None),
+        explains=(*CONSEQUENCES, "engine-crashed") if fatal else (),
     )
 
 
 def _evidence(history: History, case: Case) -> tuple[Evidence, ...]:
     lines = tuple(Evidence(Source.ENGINE_LOG.value, event.where, event.text) for event in case.lines)
+    alike: dict[str, list[GpuPair]] = {}
+    for pair in case.pairs:
+        read, nvlink = (word if known(word) else "not seen" for word in (pair.p2p_read, pair.p2p_nvlink))
+        alike.setdefault(f"{way_between(pair)}; P2P read {read}, NVLink {nvlink}", []).append(pair)
     pairs = tuple(
-        Evidence(
-            Source.NVML.value,
-            f"topology matrix, {names_of(history.latest, (pair.first, pair.second))}",
-            f"{way_between(pair)}; P2P read {pair.p2p_read if known(pair.p2p_read) else 'not seen'}, "
-            f"NVLink {pair.p2p_nvlink if known(pair.p2p_nvlink) else 'not seen'}",
-        )
-        for pair in case.pairs[:6]
+        Evidence(Source.NVML.value, f"topology matrix, {_named(history, group)}", text) for text, group in alike.items()
     )
     return pairs + lines
+
+
+def _named(history: History, pairs: list[GpuPair]) -> str:
+    gpus = tuple(dict.fromkeys(uuid for pair in pairs for uuid in (pair.first, pair.second)))
+    whole = len(pairs) == len(gpus) * (len(gpus) - 1) // 2
+    return names_of(history.latest, gpus) if whole else f"{len(pairs)} pairs of {names_of(history.latest, gpus)}"
