@@ -8,7 +8,7 @@ matched. A row's `literal` stands in every line that says it, so that a reader m
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 
 import msgspec
 
@@ -357,9 +357,9 @@ INFORMING_STARTS = (
     "rank", "world_size", "Using", "Selected", "reading", "generating", "FlashInfer", "Available KV", "GPU KV", "CPU KV",
     "Application", "Starting to load", "Loading model", "Model loading", "Graph capturing", "init engine", "Avg prompt",
     "Engine ", "[shutdown]", "EngineCore", "Shutting down", "Gracefully", "Received SIG", "No available", "Initializing a",
-    "vLLM", "non-default", "NCCL version", "▄",
+    "CUDA platform", "vLLM", "non-default", "NCCL version", "▄",
 )  # fmt: skip
-"""How the messages of INFO records begin that some row takes; all other INFO records are skipped by their beginning."""
+"""How the messages of INFO and DEBUG records begin that some row takes; all others are skipped by their beginning."""
 
 GATE = (
     "rror", "not ", "iled", "able", "ion ", "cted", "nval", "ed o", " mem", "size", "Not ", "ptio", "UDA_", "capt", " too",
@@ -384,10 +384,11 @@ class Match(msgspec.Struct, frozen=True):
     facts: dict[str, Fact]
 
 
+@lru_cache(maxsize=512)  # ranks, and the starts of a crash loop, say the same
 def matched(message: str, *, inform: bool = False) -> Match | None:
     """Return the first row that *message* matches, or None. *inform*: it is an INFO record's message."""
-    for signal in _INFORMING if inform else SIGNALS:
-        if signal.literal not in message:
+    for signal in _candidates(message):
+        if inform and not signal.informs:
             continue
         facts: dict[str, Fact] = {"kind": signal.kind} if signal.kind else {}
         if signal.pattern:
@@ -399,7 +400,32 @@ def matched(message: str, *, inform: bool = False) -> Match | None:
     return None
 
 
-_INFORMING = tuple(signal for signal in SIGNALS if signal.informs)
+def by_token(literals: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return the literals that a line with a token of the gate may hold, each under one token."""
+    found: dict[str, list[str]] = {}
+    for literal in dict.fromkeys(literals):
+        found.setdefault(next(token for token in GATE if token in literal), []).append(literal)
+    return {token: tuple(of_token) for token, of_token in found.items()}
+
+
+_ROWS: dict[str, list[tuple[int, Signal]]] = {}
+for _n, _row in enumerate(SIGNALS):
+    _ROWS.setdefault(_row.literal, []).append((_n, _row))
+_LITERALS_BY_TOKEN = by_token(tuple(_ROWS))
+
+
+def _candidates(message: str) -> list[Signal]:
+    """Return the rows whose literal stands in the message, in the order of the table."""
+    found = [
+        pair
+        for token, literals in _LITERALS_BY_TOKEN.items()
+        if token in message
+        for literal in literals
+        if literal in message
+        for pair in _ROWS[literal]
+    ]
+    return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+
 
 _SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE_TEXT = re.compile(r"([\d.]+) ?([KMGT]?)i?B?")

@@ -71,6 +71,7 @@ class LogReader:
         self._rest = b""
         self._rest_is_long = False
         self._traces: dict[tuple[str, int | None], _Trace] = {}
+        self._quiet: set[bytes] = set()
         self._traced_line = 0
         """The last line of an open traceback."""
         self._harmless: tuple[str, int | None] | None = None
@@ -157,10 +158,13 @@ class LogReader:
             if line.endswith(_ANSWERED):
                 continue
             head = line.find(b"] ", 0, 200)
+            message = line[head + 2 : head + 4] if head > 0 else line[:2]
+            if message == b"  " and not any(word in line for word in _WORDS_OF_INDENTED_ERRORS):
+                continue  # a line of a traceback or of a list
             if head > 0 and not self._traces and line.find(b"INFO ", 0, head) >= 0:
                 if not line.startswith(_INFORMING_STARTS, head + 2) and _STATS_TEXT not in line:
                     continue
-            elif not self._traces and not any(token in line for token in _GATE):
+            elif not self._traces and self._is_quiet(line, head):
                 continue
             number += block.count(b"\n", counted, found.start() + 1)
             counted = found.start() + 1
@@ -177,6 +181,20 @@ class LogReader:
         self._lines += number - before
         self._before = (self._before + block[-_BEFORE_BYTES:])[-_BEFORE_BYTES:]
 
+    def _is_quiet(self, line: bytes, head: int) -> bool:
+        """Whether a line holds no literal of the table. Logs repeat themselves: what was found quiet is remembered."""
+        if head > 0 and (line.find(b"WARNING ", 0, head) >= 0 or line.find(b"ERROR ", 0, head) >= 0):
+            line = line[head + 2 :]
+        if line in self._quiet:
+            return True
+        if any(literal in line for token, literals in _GATE if token in line for literal in literals):
+            return False
+        if len(line) <= _QUIET_LINE_BYTES:
+            if len(self._quiet) >= _QUIET_LINES:
+                self._quiet.clear()
+            self._quiet.add(line)
+        return True
+
     def _note_stats(self, number: int, line: bytes) -> None:
         self._row_lasts = False
         self._stats.append((number, line))
@@ -185,8 +203,6 @@ class LogReader:
     def _look_at(self, raw: bytes, number: int, block: bytes, position: int) -> None:
         if len(raw) > LINE_MAX_BYTES:
             self._long_lines += 1
-        if not self._traces and not any(literal in raw for literal in _LITERALS):
-            return
         for n, record in enumerate(self._records(raw)):
             found = self._said(record)
             if (record.process, record.pid) in self._traces:
@@ -213,9 +229,10 @@ class LogReader:
             )
             in_a_row = self._row_lasts and block.find(_POST, self._row_position, position) < 0
             self._row_lasts, self._row_position = True, position
-            if self._kept.add((number, n), event, in_a_row=in_a_row) and signal in _WITH_TRACE:
+            before = b""
+            if signal in _WITH_TRACE:
                 before = (self._before + block[max(0, position - _BEFORE_BYTES) : position])[-_BEFORE_BYTES:]
-                self._kept.complete(_with_trace(event, _trace_in(before, event)))
+            self._kept.add(_Kept((number, n), event, before), in_a_row=in_a_row)
 
     def _records(self, raw: bytes) -> Iterator[Record]:
         text = raw[:LINE_MAX_BYTES].decode("utf-8", "replace")
@@ -354,25 +371,20 @@ class _KeptEvents:
         self.last_at: float | None = None
         self._latest: _KeptOfSignal | None = None
 
-    def add(self, place: tuple[int, int], event: EngineEvent, *, in_a_row: bool) -> bool:
-        """Keep an event, or count it with the one before it that says the same; whether it stands on its own."""
-        if event.signal in _IDENTITY_SIGNALS:
+    def add(self, kept: _Kept, *, in_a_row: bool) -> None:
+        """Keep an event, or count it with the one before it that says the same."""
+        signal = kept.event.signal
+        if signal in _IDENTITY_SIGNALS:
             if self._has_run:
                 self._begin_life()
         else:
-            self._has_run = self._has_run or event.signal not in _BEFORE_RUNNING
-        self.last_at = event.at or self.last_at
-        kept = self._lives[-1].get(event.signal)
-        if kept is None:
-            kept = self._lives[-1][event.signal] = _KeptOfSignal()
-        if self._latest is not kept:
-            self._latest, in_a_row = kept, False
-        return kept.add(place, event, in_a_row=in_a_row)
-
-    def complete(self, event: EngineEvent) -> None:
-        """Put *event* in the place of the one that was added last."""
-        if self._latest is not None:
-            self._latest.replace_last(event)
+            self._has_run = self._has_run or signal not in _BEFORE_RUNNING
+        self.last_at = kept.event.at or self.last_at
+        of_signal = self._lives[-1].get(signal)
+        if of_signal is None:
+            of_signal = self._lives[-1][signal] = _KeptOfSignal()
+        of_signal.add(kept, in_a_row=in_a_row and self._latest is of_signal)
+        self._latest = of_signal
 
     def _begin_life(self) -> None:
         self._has_run = False
@@ -383,35 +395,38 @@ class _KeptEvents:
 
     def events(self) -> Iterator[tuple[tuple[int, int], EngineEvent]]:
         for life in self._lives:
-            for kept in life.values():
-                self.dropped += kept.dropped
-                yield from kept.first
-                yield from kept.last
+            for of_signal in life.values():
+                self.dropped += of_signal.dropped
+                for kept in (*of_signal.first, *of_signal.last):
+                    trace = _trace_in(kept.before, kept.event) if kept.before else []
+                    yield kept.place, _with_trace(kept.event, trace)
+
+
+class _Kept(msgspec.Struct):
+    """An event in its place, with what stands before it, from which its traceback is read when somebody asks."""
+
+    place: tuple[int, int]
+    event: EngineEvent
+    before: bytes
 
 
 class _KeptOfSignal:
     def __init__(self) -> None:
-        self.first: list[tuple[tuple[int, int], EngineEvent]] = []
-        self.last: deque[tuple[tuple[int, int], EngineEvent]] = deque()
+        self.first: list[_Kept] = []
+        self.last: deque[_Kept] = deque()
         self.seen = self.dropped = 0
 
-    def add(self, place: tuple[int, int], event: EngineEvent, *, in_a_row: bool) -> bool:
+    def add(self, kept: _Kept, *, in_a_row: bool) -> None:
         self.seen += 1
         end = self.last or self.first
-        if in_a_row and _same(end[-1][1], event):
-            end[-1] = (end[-1][0], msgspec.structs.replace(end[-1][1], count=end[-1][1].count + 1))
-            return False
-        if len(self.first) < FIRST_KEPT:
-            self.first.append((place, event))
-            return True
-        if len(self.last) == LAST_KEPT:
-            self.dropped += self.last.popleft()[1].count
-        self.last.append((place, event))
-        return True
-
-    def replace_last(self, event: EngineEvent) -> None:
-        end = self.last or self.first
-        end[-1] = (end[-1][0], event)
+        if in_a_row and _same(end[-1].event, kept.event):
+            end[-1].event = msgspec.structs.replace(end[-1].event, count=end[-1].event.count + 1)
+        elif len(self.first) < FIRST_KEPT:
+            self.first.append(kept)
+        else:
+            if len(self.last) == LAST_KEPT:
+                self.dropped += self.last.popleft().event.count
+            self.last.append(kept)
 
 
 def _same(one: EngineEvent, other: EngineEvent) -> bool:
@@ -441,8 +456,10 @@ class _Trace(msgspec.Struct):
 
 
 _TRACES_MAX = 256
+_QUIET_LINES = 4096
+_QUIET_LINE_BYTES = 400
 _TRACE_MAX_LINES = 400
-_BEFORE_BYTES = 16 * 1024
+_BEFORE_BYTES = 8 * 1024
 """How far back the traceback of an error is looked for, and the last stamp of a log."""
 _SERVED_TRIES = 100
 
@@ -464,14 +481,18 @@ _UNWANTED_RECORD = (
     + rb")"
 )
 _NOT_PASSED_OVER = re.compile(
-    rb"\n(?!INFO(?:: {5}\d|" + _UNWANTED_RECORD + rb")"
-    rb"|\([A-Za-z][^)\n]{0,60}\) INFO(?:: {5}\d|" + _UNWANTED_RECORD + rb"))([^\n]+)"
+    rb"\n(?!(?:INFO|DEBUG)(?:: {5}\d|" + _UNWANTED_RECORD + rb")"
+    rb"|\([A-Za-z][^)\n]{0,60}\) (?:INFO|DEBUG)(?:: {5}\d|" + _UNWANTED_RECORD + rb"))([^\n]+)"
 )
-"""Lines, but for access lines and INFO records whose message begins like none that is wanted."""
-_GATE = tuple(token.encode() for token in signals.GATE)
-_LITERALS = tuple(
-    dict.fromkeys(text.encode() for text in (*(row.literal for row in signals.SIGNALS), *signals.EXCEPTION_LITERALS))
+"""Lines, but for access lines and INFO and DEBUG records whose message begins like none that is wanted."""
+_GATE = tuple(
+    (token.encode(), tuple(literal.encode() for literal in literals))
+    for token, literals in signals.by_token(
+        (*(row.literal for row in signals.SIGNALS), *signals.EXCEPTION_LITERALS)
+    ).items()
 )
+"""What a line must hold to be looked at: one of the literals, asked for only where its token is there."""
+_WORDS_OF_INDENTED_ERRORS = (b"rror: ", b"xception: ", b"Value error, ", b"NCCL WARN ")
 
 
 def _was_served(block: bytes, position: int) -> bool:
@@ -780,7 +801,7 @@ _CONFIG = re.compile(
 )
 _ARGUMENT = re.compile(r"'([a-z]\w{1,60})': ('[^']{0,300}'|\"[^\"]{0,300}\"|-?[\w.]{1,60})")
 _SECRET = re.compile(
-    r"('?\w*(?:key|token|secret|password|passwd|credential)\w*'?[:=] ?)(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\])", re.IGNORECASE
+    r"((?:key|token|secret|password|passwd|credential)\w{0,40}'?[:=] ?)(?:'[^']*'|\"[^\"]*\"|\[[^\]]*\])", re.IGNORECASE
 )
 
 
