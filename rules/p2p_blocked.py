@@ -6,23 +6,72 @@ from collections.abc import Iterator
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
-from doctor.snapshot import EngineEvent, Source
+from doctor.snapshot import EngineEvent, Gpu, GpuPair, Source, known
 from doctor.symptoms.engine_log import EngineLog, Incident, incidents
+from doctor.symptoms.links import way_between
+from doctor.symptoms.names import names_of
+from rules.tables.products import product_of
+
+REASONS = {
+    "chipset-not-supported": "the chipset does not let peers through: look at IOMMU and ACS",
+    "topology-not-supported": "the topology does not let peers through: a virtual machine or a container shows only part of it",
+    "disabled-by-regkey": "a driver option forbids it",
+    "gpu-not-supported": "the driver says that the GPU can't",
+    "not-supported": "the driver says that it is not supported",
+}
+"""NVML's reasons (nvmlGpuP2PStatus_t) and what stands behind them on a board whose GPUs are linked."""
 
 
 @rule(
     "p2p-blocked",
     "GPUs can't reach each other directly",
     severity=Severity.CRITICAL,
-    needs=(Source.ENGINE_LOG,),
+    needs=(Source.NVML,),
     explains=("pcie-fallback", "allreduce-dominant"),
     limits=NoLimits(),
 )
 def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
-    """Take what stopped the engine. That vLLM turned its own all-reduce off for want of peer access is `pcie-fallback`."""
+    """Take what stopped the engine, and pairs that are linked and may not reach each other.
+
+    That vLLM turned its own all-reduce off for want of peer access is `pcie-fallback`.
+    """
     for log, incident in incidents(history):
         if told := _fatal(incident.cause):
             yield _finding(log, incident, told)
+    blocked = [pair for pair in history.latest.pairs if _is_blocked(history, pair)]
+    if blocked:
+        yield _by_matrix(history, blocked)
+
+
+def _is_blocked(history: History, pair: GpuPair) -> bool:
+    """Whether two GPUs of a board with NVLink are linked and may not read each other's memory.
+
+    MIG, a fabric that is not registered and links that are down have failure modes of their own.
+    """
+    gpus = [history.latest.gpu(uuid) for uuid in (pair.first, pair.second)]
+    linked = known(pair.nvlinks) and pair.nvlinks > 0
+    return linked and pair.p2p_read in REASONS and all(gpu is not None and _could(gpu) for gpu in gpus)
+
+
+def _could(gpu: Gpu) -> bool:
+    product = product_of(gpu)
+    waits = gpu.fabric.state in ("not-started", "in-progress")
+    return product is not None and product.has_board_nvlink and gpu.mig.enabled is not True and not waits
+
+
+def _by_matrix(history: History, blocked: list[GpuPair]) -> Finding:
+    latest = history.latest
+    gpus = tuple(dict.fromkeys(uuid for pair in blocked for uuid in (pair.first, pair.second)))
+    first = blocked[0]
+    reason = str(first.p2p_read)
+    text = f"{way_between(first)}, P2P read: {reason.replace('-', ' ')}"
+    return Finding(
+        summary=f"{len(blocked)} of {len(latest.pairs)} pairs of GPUs are linked and may not reach each other's memory: "
+        + REASONS[reason],
+        evidence=(Evidence(Source.NVML.value, f"P2P status of {names_of(latest, (first.first, first.second))}", text),),
+        severity=Severity.WARNING,
+        subject=Subject(gpus=gpus),
+    )
 
 
 def _fatal(cause: EngineEvent) -> str:

@@ -20,7 +20,6 @@ PROGRAM = "gpu-doctor tests"
 
 SIMULATED: dict[str, dict[str, tuple[str, ...]]] = {
     "pcie-fallback": {
-        "fires-p2p-blocked": ("hgx-h100-4", "p2p-blocked"),
         "fires-l40s-advice": ("l40s-4",),
         "quiet-mesh": ("hgx-h100-4",),
         "quiet-bridged-pair": ("h100-nvl-4",),
@@ -49,6 +48,12 @@ SIMULATED: dict[str, dict[str, tuple[str, ...]]] = {
         "quiet-no-switches": ("hgx-h100-4",),
         "quiet-sxid-non-fatal": ("dgx-h100-4of8", "sxid:code=12028"),
         "quiet-health-not-reported": ("dgx-h100-4of8",),
+    },
+    "p2p-blocked": {
+        "fires-chipset": ("hgx-h100-4", "p2p-blocked"),
+        "quiet-geforce": ("rtx4090-4", "p2p-blocked"),
+        "quiet-dead-links": ("hgx-h100-4", "nvlinks-all-down"),
+        "quiet-fabric-in-progress": ("dgx-h100-4of8", "fabric-incomplete"),
     },
     "pcie-link-degraded": {
         "fires-width": ("hgx-h100-4", "pcie-width:gpu=1"),

@@ -44,6 +44,7 @@ CHAINS = {
     "gpu-lost/fires-under-load": ["gpu-lost", "nccl-timeout", "engine-crashed"],
     "gpu-lost/fires-in-a-mesh": ["gpu-lost", "nccl-timeout", "engine-crashed"],
     "nvlink-degraded/fires-all": ["nvlink-degraded", "pcie-fallback"],
+    "p2p-blocked/fires-chipset": ["p2p-blocked", "pcie-fallback"],
     "application-fault/fires-illegal-access": ["application-fault", "engine-crashed"],
     "nccl-timeout/fires-silent-rank": ["nccl-timeout", "engine-crashed"],
 }
