@@ -35,7 +35,7 @@ H100 = frozenset({"10de:2330", "10de:2331", "10de:2321"})
     "One GPU serves more users than it serves well",
     severity=Severity.NOTICE,
     needs=(Source.ENGINE_METRICS, Source.PROCESSES, Source.NVML),
-    explains=("ttft-slow", "kv-cache-saturated"),
+    explains=("ttft-slow",),
     limits=Limits(),
 )
 def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:

@@ -22,7 +22,7 @@ WIDER = (2, 4, 8, 16)
     "The model does not fit the GPUs that it is given",
     severity=Severity.CRITICAL,
     needs=(Source.NVML, Source.PROCESSES, Source.MODEL),
-    explains=("out-of-memory-at-startup", "context-does-not-fit", "engine-crashed", "launch-refused"),
+    explains=("out-of-memory-at-startup", "context-does-not-fit"),
     limits=NoLimits(),
 )
 def RULE(history: History, _: NoLimits) -> Iterator[Finding | Absent]:

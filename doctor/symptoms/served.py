@@ -6,7 +6,7 @@ import msgspec
 
 from doctor.history import History, measured_once
 from doctor.machine.serving import Serving, serving_of
-from doctor.snapshot import Absent, Engine, Maybe, Why, known
+from doctor.snapshot import Absent, Engine, Gpu, Maybe, Why, known
 from doctor.symptoms.engine_groups import RankGroup, rank_groups
 from doctor.symptoms.engine_log import EngineLog, engine_logs
 
@@ -16,6 +16,9 @@ _CUSTOM_OFF = (
     "custom-allreduce-off-world-size",
     "custom-allreduce-off-nodes",
 )
+
+SPARE_BYTES = 2e9
+"""What an unused GPU holds at most: the driver's own, 0.6 GB on an idle H100, and a monitor's context. guess."""
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,3 +68,18 @@ def served_by(history: History, engine: str) -> Served | None:
 def port_of(engine: Engine) -> str:
     """Return the port of the engine's own pages, vLLM's default where none is given."""
     return str(engine.flags.port) if known(engine.flags.port) else "8000"
+
+
+def spare_gpus(history: History) -> tuple[Gpu, ...]:
+    """Return the GPUs that no engine and no other process uses at the last visit; those whose processes are unseen are not."""
+    used = {uuid for group in rank_groups(history) for uuid in group.gpus}
+    return tuple(
+        gpu
+        for gpu in history.latest.gpus
+        if gpu.uuid not in used
+        and gpu.processes == ()
+        and gpu.mig.enabled is not True
+        and gpu.lost is not True
+        and known(gpu.memory.used_bytes)
+        and gpu.memory.used_bytes < SPARE_BYTES
+    )
