@@ -195,3 +195,26 @@ def test_what_stands_before_a_line_changes_no_verdict(wrapper: str, story: str, 
 def test_lines_that_share_no_indentation_keep_theirs(tmp_path: Path) -> None:
     mixed = "\t" + STORIES["nccl-timeout"].replace("\n", "\n    ", 1)
     assert first_of(report_of(tmp_path, mixed)) == "nccl-timeout"
+
+
+MATRIX = (
+    "\tGPU0\tGPU1\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\n"
+    "GPU0\t X \tNV18\t0-31\t0\tN/A\n"
+    "GPU1\tNV18\t X \t0-31\t0\tN/A\n"
+)
+
+
+@pytest.mark.parametrize("mark", ["> ", ">", ">> ", "    ", "\ufeff"])
+def test_a_quoted_or_indented_document_is_read(mark: str, tmp_path: Path) -> None:
+    file = tmp_path / "paste.txt"
+    text = "Our topology:\n" + MATRIX
+    file.write_text(mark + text if mark == "\ufeff" else "".join(f"{mark}{line}\n" for line in text.splitlines()))
+    assert "topo" in evidence.kinds(file, now=AT)
+
+
+def test_a_report_part_that_is_indented_by_nature_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "part.txt"
+    file.write_text(
+        "    Temperature\n        GPU Current Temp                  : 41 C\n        GPU T.Limit Temp                  : 45 C\n"
+    )
+    assert "smi-q" in evidence.kinds(file, now=AT)

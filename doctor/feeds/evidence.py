@@ -192,6 +192,16 @@ def _read(file: BinaryIO, size: int, path: Path) -> bytes:
 _INDENT = re.compile(rb"^([ \t]*)[^\s]", re.MULTILINE)
 
 
+_QUOTED = re.compile(rb"(?:>[^\n]*\n|\s*\n)*>[^\n]*\s*")
+
+
+def _unquoted(data: bytes) -> bytes:
+    """Return the text without the quotation marks of a mail or an issue, where all its lines have one."""
+    while data.startswith(b">") and _QUOTED.fullmatch(data):
+        data = re.sub(rb"^> ?", b"", data, flags=re.MULTILINE)
+    return data
+
+
 def _dedented(data: bytes) -> bytes:
     """Return the text without the indentation that all its lines share: it was cut out of an issue or a manifest."""
     if data[:1] not in (b" ", b"\t"):
@@ -363,8 +373,9 @@ class _Gathered:
             elif _is_binary(first):
                 msg = f"{path}: is not text"
                 raise EvidenceError(msg)
+            first = first.removeprefix(b"\xef\xbb\xbf")
             if len(first) < FIRST_BYTES:
-                first = _dedented(first)
+                first = _unquoted(first)
             self._text(file, first, path, name)
         found = bool(self.kinds)
         self.kinds |= before
@@ -375,6 +386,10 @@ class _Gathered:
             self._model(first)
             return
         data = self._without_documents(first, name)
+        if len(first) < FIRST_BYTES and (bare := _dedented(data)) != data:
+            data = self._without_documents(
+                bare, name
+            )  # a part of `nvidia-smi -q` is indented by nature, others are not
         is_kernel = kernel_log.recognises(data)
         is_engine = _ENGINE_RECORD.search(data) is not None or (
             not is_kernel and _ENGINE_TRACE.search(data) is not None
