@@ -112,7 +112,11 @@ def test_a_healthy_excerpt_raises_no_alarm(sample: dict[str, str]) -> None:
 
 
 def is_healthy(name: str) -> bool:
-    return "normal" in name or name.startswith("ok_") or name in ("term_drain", "debug_logs", "apiservers2", "tp2_stall_worker_resume")
+    return (
+        "normal" in name
+        or name.startswith("ok_")
+        or name in ("term_drain", "debug_logs", "apiservers2", "tp2_stall_worker_resume")
+    )
 
 
 RUNS = sorted(path.parent for path in (SAMPLES / "live").glob("v*/*/server.log"))
