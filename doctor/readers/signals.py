@@ -82,7 +82,7 @@ MEMORY = (
     Signal("cuda-out-of-memory", "Cuda failure", r"Cuda failure (?:2 )?'out of memory'"),
     Signal("cuda-out-of-memory", "CUBLAS_STATUS_ALLOC_FAILED"),
     Signal("free-memory-below-utilization", "Free memory on device", r"Free memory on device (?:cuda:(?P<gpu>\d+) )?\((?P<free_gib>[\d.]+)/(?P<total_gib>[\d.]+) GiB\) on startup is less than [^(]*\((?P<utilization>[\d.]+), (?P<wanted_gib>[\d.]+) GiB\)"),
-    Signal("free-memory-below-utilization", "is less than desired GPU memory utilization"),
+    Signal("free-memory-below-utilization", " on startup is less than "),
     Signal("host-memory-too-small", "Available memory on node ", r"\((?P<free_gib>[\d.]+)/(?P<total_gib>[\d.]+) GiB\).* is less than .*?(?P<wanted_gib>[\d.]+) GiB\)"),
     Signal("memory-profiling-disturbed", "Error in memory profiling."),
     Signal("no-kv-blocks", "No available memory for the cache blocks"),
