@@ -36,6 +36,8 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
     """Compare the first requests of an engine that was watched from its first one with those that followed."""
     for traffic in traffics(history, history.keep):
         first = _first(traffic, limits)
+        if first is None:
+            continue
         if isinstance(first, Absent):
             yield first
             continue
@@ -62,14 +64,12 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
         )
 
 
-def _first(traffic: Traffic, limits: Limits) -> Histogram | Absent:
-    """Return the histogram of the first requests, from the first page that counts any."""
+def _first(traffic: Traffic, limits: Limits) -> Histogram | Absent | None:
+    """Return the histogram of the first requests, from the first page that counts any; None for an engine long warm."""
     pages = [page.time_to_first_token_seconds for page in traffic.pages]
     if not all(known(histogram) for histogram in pages):
         return Absent(Why.NOT_ASKED, "the engine's page has no time to first token")
     first = next((histogram for histogram in pages if known(histogram) and histogram.counts[-1]), None)
     if first is None:
         return Absent(Why.NOT_ASKED, "the engine has served no request yet")
-    if first.counts[-1] > limits.first_max:
-        return Absent(Why.NOT_ASKED, "the engine's first request was not seen alone: it came before, or with others")
-    return first
+    return first if first.counts[-1] <= limits.first_max else None

@@ -12,6 +12,7 @@ from doctor.snapshot import NOT_ASKED, Absent, Engine, Maybe, Source, Why, known
 from doctor.symptoms.growth import Growth, growth
 from doctor.symptoms.names import names_of
 from doctor.symptoms.served import Served, served
+from doctor.symptoms.traffic import too_short
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -43,10 +44,7 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
     for one in served(history):
         spent = growth((s.at, _cpu_seconds(s.engines, one)) for s in history.window(limits.window_seconds))
         if spent is None or spent.seconds < 0.8 * limits.window_seconds:
-            yield Absent(
-                Why.NOT_ASKED,
-                f"the CPU time of engine {one.engine.pid} was not seen over {limits.window_seconds:.0f} s",
-            )
+            yield too_short(spent.seconds if spent else 0.0)
             continue
         if not limits.cores_min <= spent.per_second <= limits.cores_max or not _runs(history, one, limits):
             continue

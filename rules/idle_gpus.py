@@ -9,10 +9,11 @@ import msgspec
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
-from doctor.snapshot import Absent, Gpu, Source, Why, known
+from doctor.snapshot import Absent, Source, Why, known
 from doctor.symptoms.engine_groups import RankGroup, rank_groups
 from doctor.symptoms.names import name_of, names_of
 from doctor.symptoms.served import spare_gpus
+from doctor.symptoms.traffic import too_short
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -47,12 +48,9 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
     if not spare and not uneven:
         return
     if history.span_seconds < 0.8 * limits.window_seconds:
-        yield Absent(
-            Why.NOT_ASKED,
-            f"the GPUs were seen over {history.span_seconds:.0f} s, and {0.8 * limits.window_seconds:.0f} s are needed: the daemon sees more",
-        )
+        yield too_short(history.span_seconds)
         return
-    means = {gpu.uuid: ratio for gpu in history.latest.gpus if (ratio := _mean(history, gpu, limits)) is not None}
+    means = _means(history, limits)
     busy = [group for group in groups if _of(group, means) and median(_of(group, means)) >= limits.busy_ratio]
     idle = [uuid for uuid in spare if means.get(uuid, 1.0) <= limits.idle_ratio]
     if busy and idle:
@@ -61,10 +59,14 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
         yield from _uneven(history, group, means, limits)
 
 
-def _mean(history: History, gpu: Gpu, limits: Limits) -> float | None:
-    oldest = history.now - limits.window_seconds
-    ratios = [r for at, seen in history.of_gpu(gpu.uuid) if at >= oldest and known(r := seen.activity.gpu_ratio)]
-    return sum(ratios) / len(ratios) if ratios else None
+def _means(history: History, limits: Limits) -> dict[str, float]:
+    """Return the mean utilisation of each GPU over the window."""
+    ratios: dict[str, list[float]] = {}
+    for snapshot in history.window(limits.window_seconds):
+        for gpu in snapshot.gpus:
+            if known(gpu.activity.gpu_ratio):
+                ratios.setdefault(gpu.uuid, []).append(gpu.activity.gpu_ratio)
+    return {uuid: sum(seen) / len(seen) for uuid, seen in ratios.items()}
 
 
 def _of(group: RankGroup, means: dict[str, float]) -> list[float]:

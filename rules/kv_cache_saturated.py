@@ -8,8 +8,9 @@ import msgspec
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
-from doctor.snapshot import EngineEvent, EngineMetrics, Source, known
+from doctor.snapshot import Absent, EngineEvent, Source
 from doctor.symptoms.engine_log import EngineLog, engine_logs
+from doctor.symptoms.traffic import Traffic, long_enough
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -31,40 +32,41 @@ class Limits(msgspec.Struct, frozen=True):
     explains=("ttft-slow",),
     limits=Limits(),
 )
-def RULE(history: History, limits: Limits) -> Iterator[Finding]:
+def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
     """Ask for sustained use and for its victims: waiting requests or preemptions. A cache full of reusable prefixes has none."""
-    found = list(_measured(history, limits))
-    yield from found
-    told = {finding.subject.engine for finding in found}
+    told: set[str] = set()
+    for traffic in long_enough(history, limits.window_seconds):
+        if isinstance(traffic, Absent):
+            yield traffic
+        elif (finding := _measured(traffic, limits)) is not None:
+            told.add(traffic.engine)
+            yield finding
     for log in engine_logs(history):
         if log.engine not in told and (finding := _logged(log, limits)) is not None:
             yield finding
 
 
-def _measured(history: History, limits: Limits) -> Iterator[Finding]:
-    pages: dict[str, list[EngineMetrics]] = {}
-    for snapshot in history.window(limits.window_seconds):
-        for page in snapshot.metrics:
-            pages.setdefault(page.engine, []).append(page)
-    for engine, mine in pages.items():
-        usage = [page.kv_cache_usage_ratio for page in mine if known(page.kv_cache_usage_ratio)]
-        long_enough = len(usage) > 2 and mine[-1].at - mine[0].at >= 0.8 * limits.window_seconds
-        if not long_enough or min(usage) < limits.usage_ratio:
-            continue
-        waiting = [page.waiting for page in mine if known(page.waiting)]
-        first, last = mine[0].preemptions_total, mine[-1].preemptions_total
-        preempted = last - first if known(first) and known(last) else 0.0
-        if not (preempted > 0 or (waiting and min(waiting) > 0)):
-            continue
-        seconds = mine[-1].at - mine[0].at
-        queue = f"{waiting[-1]:.0f} requests wait" if waiting else "requests wait"
-        text = f"KV cache use {min(usage):.0%} to {max(usage):.0%} over {seconds:.0f} s, {queue}, {preempted:.0f} preemptions"
-        yield Finding(
-            summary=f"The KV cache has been full for {seconds:.0f} s: {queue} and {preempted:.0f} were preempted",
-            evidence=(Evidence(Source.ENGINE_METRICS.value, "vllm:kv_cache_usage_perc", text),),
-            subject=Subject(engine=engine),
-            since=mine[0].at,
-        )
+def _measured(traffic: Traffic, limits: Limits) -> Finding | None:
+    usage = traffic.gauge(lambda page: page.kv_cache_usage_ratio)
+    if not usage or min(usage) < limits.usage_ratio:
+        return None
+    waiting = traffic.gauge(lambda page: page.waiting)
+    preempted = traffic.grown(lambda page: page.preemptions_total) or 0.0
+    if not (preempted or (waiting and min(waiting) > 0)):
+        return None
+    queue = f"{waiting[-1]:.0f} requests wait" if waiting else "requests wait"
+    return Finding(
+        summary=f"The KV cache has been full for {traffic.seconds:.0f} s: {queue} and {preempted:.0f} were preempted",
+        evidence=(
+            Evidence(
+                Source.ENGINE_METRICS.value,
+                "vllm:kv_cache_usage_perc",
+                f"KV cache use {min(usage):.0%} to {max(usage):.0%} over {traffic.seconds:.0f} s, {queue}, {preempted:.0f} preemptions",
+            ),
+        ),
+        subject=Subject(engine=traffic.engine),
+        since=traffic.since,
+    )
 
 
 def _logged(log: EngineLog, limits: Limits) -> Finding | None:

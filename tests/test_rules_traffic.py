@@ -24,6 +24,7 @@ from rules import (
 )
 
 MINE = (
+    kv_cache_saturated.RULE,
     queue_capped.RULE,
     context_overprovisioned.RULE,
     ttft_slow.RULE,
@@ -32,7 +33,6 @@ MINE = (
     speculation_ineffective.RULE,
     prefix_cache_cold.RULE,
 )
-ON_METRICS = (*MINE, kv_cache_saturated.RULE)
 
 FIRST_BOUNDS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 
@@ -56,14 +56,14 @@ def flagged(visits: tuple[Snapshot, ...], **flags: Any) -> tuple[Snapshot, ...]:
     return nodes.each(visits, lambda s: nodes.with_engine(s, **{f"flags__{n}": v for n, v in flags.items()}))
 
 
-@pytest.mark.parametrize("rule", ON_METRICS, ids=lambda r: r.id)
+@pytest.mark.parametrize("rule", MINE, ids=lambda r: r.id)
 @pytest.mark.parametrize("profile", nodes.PROFILES)
 @pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
 def test_a_healthy_node_gets_not_even_a_notice(rule: AnyRule, profile: str, busy: bool) -> None:
     assert nodes.found(rule, nodes.healthy(profile, busy=busy, visits=50)) == ()
 
 
-@pytest.mark.parametrize("rule", ON_METRICS, ids=lambda r: r.id)
+@pytest.mark.parametrize("rule", MINE, ids=lambda r: r.id)
 @pytest.mark.parametrize("run", ["normal_small", "tp2_normal"])
 def test_a_healthy_live_run_gets_not_even_a_notice(rule: AnyRule, run: str) -> None:
     if not LIVE.is_dir():
@@ -89,7 +89,7 @@ def test_one_page_is_not_judged(rule: AnyRule) -> None:
     assert nodes.why_blind(rule, visits) is not None
 
 
-@pytest.mark.parametrize("rule", ON_METRICS, ids=lambda r: r.id)
+@pytest.mark.parametrize("rule", MINE, ids=lambda r: r.id)
 def test_counters_that_begin_anew_in_the_middle_make_no_finding(rule: AnyRule) -> None:
     old, new = loaded("hgx-h100-8", visits=50), loaded("hgx-h100-8", visits=50, already=1.0)
     visits = (*old[:30], *(nodes.put(b, metrics=a.metrics) for a, b in zip(new[:20], old[30:], strict=True)))
@@ -114,6 +114,43 @@ def test_a_share_above_a_value_counts_what_is_surely_above() -> None:
     assert share_above(times, 5.0) == 0.0
     assert quantile_at_most(times, 0.95) == 1.0
     assert quantile_at_most(times, 0.99) is None
+
+
+# kv-cache-saturated
+
+FULL = {"kv_cache_usage_ratio": 0.97, "waiting": 12.0}
+
+
+def test_a_full_cache_with_a_queue_is_saturated() -> None:
+    finding = one(kv_cache_saturated.RULE, loaded("hgx-h100-8", visits=12, **FULL))
+    assert finding.severity is Severity.WARNING
+    assert "12 requests wait" in finding.summary
+
+
+def test_preemptions_are_counted_within_the_window() -> None:
+    visits = paged(
+        loaded("hgx-h100-8", visits=12, **(FULL | {"waiting": 0.0})), lambda i: {"preemptions_total": 500.0 + i}
+    )
+    assert "8 were preempted" in one(kv_cache_saturated.RULE, visits).summary
+
+
+@pytest.mark.parametrize(
+    "visits",
+    [
+        loaded("hgx-h100-8", visits=12, **(FULL | {"waiting": 0.0})),
+        paged(loaded("hgx-h100-8", visits=12, **FULL), lambda i: FULL if i > 8 else {"kv_cache_usage_ratio": 0.5}),
+        loaded("hgx-h100-8", visits=12, **(FULL | {"kv_cache_usage_ratio": 0.6})),
+    ],
+    ids=["full of prefixes", "a peak", "room is left"],
+)
+def test_a_full_cache_without_victims_is_quiet(visits: tuple[Snapshot, ...]) -> None:
+    assert quiet(kv_cache_saturated.RULE, visits)
+
+
+def test_preemptions_of_an_earlier_life_are_none_of_this_one() -> None:
+    visits = loaded("hgx-h100-8", visits=12, **(FULL | {"waiting": 0.0}))
+    reborn = paged(visits, lambda i: {"preemptions_total": 500.0} if i < 4 else {"preemptions_total": 0.0})
+    assert quiet(kv_cache_saturated.RULE, reborn)
 
 
 # queue-capped
@@ -401,7 +438,9 @@ def test_a_first_request_like_the_rest_is_quiet(visits: tuple[Snapshot, ...]) ->
     assert quiet(cold_first_request.RULE, visits)
 
 
-def test_a_first_request_that_nobody_saw_is_not_judged() -> None:
-    visits = warming(9.0, 0.2, before=500.0)
-    assert nodes.found(cold_first_request.RULE, visits) == ()
-    assert "not seen alone" in str(nodes.why_blind(cold_first_request.RULE, visits))
+def test_an_engine_that_was_warm_before_it_was_watched_is_quiet() -> None:
+    assert quiet(cold_first_request.RULE, warming(9.0, 0.2, before=500.0))
+
+
+def test_an_engine_without_a_request_is_not_judged() -> None:
+    assert nodes.why_blind(cold_first_request.RULE, warming(9.0, 0.2)[:1]) is not None

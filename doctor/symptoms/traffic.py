@@ -70,12 +70,16 @@ def long_enough(
     least = 0.8 * window_seconds if least_seconds is None else least_seconds
     for traffic in traffics(history, window_seconds):
         if traffic.seconds < least or len(traffic.pages) < 3:
-            yield Absent(
-                Why.NOT_ASKED,
-                f"the engine's metrics were seen over {traffic.seconds:.0f} s, and {least:.0f} s are needed: the daemon sees more",
-            )
+            yield too_short(traffic.seconds)
         else:
             yield traffic
+
+
+def too_short(seconds: float) -> Absent:
+    """Return why a load that was seen over *seconds* is not judged: one sentence for all rules, so that it stands once."""
+    return Absent(
+        Why.NOT_ASKED, f"a load is judged over minutes, and was seen over {seconds:.0f} s: the daemon sees more"
+    )
 
 
 def _present_life(pages: list[EngineMetrics]) -> tuple[EngineMetrics, ...]:
