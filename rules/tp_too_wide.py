@@ -39,6 +39,7 @@ class Limits(msgspec.Struct, frozen=True):
     "A chat load is spread over more ranks than it needs",
     severity=Severity.NOTICE,
     needs=(Source.NVML, Source.PROCESSES, Source.ENGINE_METRICS, Source.MODEL),
+    explains=("allreduce-dominant",),
     limits=Limits(),
 )
 def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
