@@ -68,19 +68,22 @@ def test_cells_are_those_that_the_index_counts(name: str, links: dict[str, int])
     assert dict(Counter(cell for row in matrix.rows for cell in row.cells if cell != "X")) == links
 
 
-@needs_samples
-@pytest.mark.parametrize("name", matrices())
-def test_a_matrix_with_its_tabs_is_read_as_a_plain_split_reads_it(name: str) -> None:
+def plain_rows(name: str) -> list[list[str]]:
+    """The rows of a matrix by a plain split at tabs; none where the paste has lost them, or glued cells together."""
     lines = [
         line.split("\t") for line in text_of(name).splitlines() if line.startswith(("GPU", "NIC")) and "\t" in line
     ]
     rows = [[field.strip() for field in fields] for fields in lines if fields[1].strip() in {"X", *CELLS}]
-    glued = {field for fields in rows for field in fields if len(field) > 5 and field.isalpha()}
-    if not rows or glued:
-        pytest.skip("this paste has lost its tabs, or glued cells together")
+    glued = any(len(field) > 5 and field.isalpha() for fields in rows for field in fields)
+    return [] if glued else rows
+
+
+@needs_samples
+@pytest.mark.parametrize("name", [name for name in matrices() if plain_rows(name)])
+def test_a_matrix_with_its_tabs_is_read_as_a_plain_split_reads_it(name: str) -> None:
     matrix = topo_matrix.read(text_of(name))
     assert matrix is not None
-    for fields in rows:
+    for fields in plain_rows(name):
         row = next(r for r in matrix.rows if r.device == fields[0])
         assert list(row.cells) == fields[1 : 1 + len(matrix.devices)]
 
