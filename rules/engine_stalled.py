@@ -42,7 +42,7 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
         stall = flat.pop(log.engine, None)
         if stall is not None or _is_stall(log, waited, limits):
             yield _finding(history, log.engine, log, waited, stall)
-        elif waited.count and not waited.starting and _asked_for_work(waited) and log.engine == log.log:
+        elif waited.count and not waited.starting and _asked_for_work(waited) and not log.runs:
             # One wait at the end of a log that was given: what came after it, only somebody else knows.
             yield msgspec.structs.replace(
                 _finding(history, log.engine, log, waited, None), severity=Severity.NOTICE, confidence=Confidence.LOW

@@ -218,3 +218,22 @@ def test_a_report_part_that_is_indented_by_nature_is_read(tmp_path: Path) -> Non
         "    Temperature\n        GPU Current Temp                  : 41 C\n        GPU T.Limit Temp                  : 45 C\n"
     )
     assert "smi-q" in evidence.kinds(file, now=AT)
+
+
+ENVIRONMENT = (
+    "PyTorch version: 2.7.0+cu126\nIs debug build: False\nCUDA used to build PyTorch: 12.6\n\nOS: Ubuntu 22.04.5 LTS (x86_64)\n\n"
+    "Python version: 3.12.9 (64-bit runtime)\nIs CUDA available: True\nNvidia driver version: 570.124.06\n\n"
+    "Versions of relevant libraries:\n[pip3] torch==2.7.0\n\nvLLM Version: 0.9.0\n"
+)
+
+
+@pytest.mark.parametrize("story", [story for story in STORIES if story != "clear"])
+def test_what_is_known_of_the_engine_hides_no_refusal_to_start(story: str, tmp_path: Path) -> None:
+    """An engine that pasted evidence tells of is not therefore alive."""
+    log, environment, both = (tmp_path / name for name in ("engine.log", "env.txt", "issue.txt"))
+    log.write_text(STORIES[story])
+    environment.write_text(ENVIRONMENT)
+    both.write_text(f"```text\n{ENVIRONMENT}```\n\n```\n{STORIES[story]}```\n")
+    for files in ([log, environment], [environment, log], [both]):
+        report = list(watch(evidence.read(files, now=AT), RULES, keep=3600))[-1]
+        assert first_of(report) == story, [file.name for file in files]

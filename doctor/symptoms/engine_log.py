@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import msgspec
 
 from doctor.history import History, measured_once
-from doctor.snapshot import EngineEvent
+from doctor.snapshot import Engine, EngineEvent
 
 REPORTS_OF_DEATH = frozenset(
     {
@@ -119,7 +119,9 @@ class EngineLog(msgspec.Struct, frozen=True, kw_only=True):
 
     log: str
     engine: str
-    """`Engine.id` where the engine runs, else the log."""
+    """`Engine.id` where the engine is known, else the log."""
+    runs: bool
+    """Whether its process was seen alive; an engine that pasted evidence tells of has no start time."""
     events: tuple[EngineEvent, ...]
     """Those of its present life: since it was started last."""
     serving: bool
@@ -150,8 +152,8 @@ def engine_logs(history: History) -> tuple[EngineLog, ...]:
     by_log: dict[str, list[EngineEvent]] = {}
     for event in history.engine_events():
         by_log.setdefault(event.log, []).append(event)
-    running = {engine.log: engine.id for engine in history.latest.engines if isinstance(engine.log, str)}
-    return tuple(_engine_log(log, events, running.get(log)) for log, events in by_log.items())
+    engines = {engine.log: engine for engine in history.latest.engines if isinstance(engine.log, str)}
+    return tuple(_engine_log(log, events, engines.get(log)) for log, events in by_log.items())
 
 
 def incidents(history: History) -> tuple[tuple[EngineLog, Incident], ...]:
@@ -171,7 +173,8 @@ def _number(event: EngineEvent, name: str) -> float:
     return value if isinstance(value, int | float) else 0.0
 
 
-def _engine_log(log: str, events: list[EngineEvent], running: str | None) -> EngineLog:
+def _engine_log(log: str, events: list[EngineEvent], engine: Engine | None) -> EngineLog:
+    runs = engine is not None and engine.started_at > 0
     life_start = 0
     serving = stopped = False
     errors: list[EngineEvent] = []
@@ -202,11 +205,12 @@ def _engine_log(log: str, events: list[EngineEvent], running: str | None) -> Eng
                 errors.append(event)
     return EngineLog(
         log=log,
-        engine=running or log,
+        engine=engine.id if engine is not None else log,
+        runs=runs,
         events=tuple(events[life_start:]),
         serving=serving,
         stopped=stopped,
-        incident=_incident(log, errors, stamps, serving=serving, runs=running is not None),
+        incident=_incident(log, errors, stamps, serving=serving, runs=runs),
     )
 
 
