@@ -106,6 +106,13 @@ def test_a_flat_report_is_read_whole() -> None:
     assert report.topology.cell("GPU0", "GPU1") == "NV18"
 
 
+def test_colours_of_a_terminal_are_no_part_of_a_name() -> None:
+    plain = "PyTorch version: 2.8.0\nGPU models and configuration: \nGPU 0: NVIDIA L40S\n"
+    coloured = "PyTorch version: \x1b[32m2.8.0\x1b[0m\nGPU models and configuration: \nGPU 0: NVIDIA L40S\x1b[0m\n"
+    assert collect_env.read(coloured) == collect_env.read(plain)
+    assert collect_env.read(plain).gpus[0].name == "NVIDIA L40S"
+
+
 def test_a_report_ends_where_other_text_begins() -> None:
     text = "I see this:\n" + FLAT + "\n### How to reproduce\nvllm serve x\n"
     ((start, end),) = collect_env.find(text)

@@ -31,6 +31,7 @@ _MIG = re.compile(r"^\s+MIG (\S+)\s+Device\s+(\d+):")
 _PACKAGE = re.compile(r"^\[(?:pip3?|conda)\] (\S+?)(?:==|\s+)(\S+)")
 _VARIABLE = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*)=(.*)$")
 _KERNEL = re.compile(r"^Linux-(.+?)-(?:x86_64|aarch64|ppc64le)\b")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CUT = 4096
 _REPORT_MAX = 128 << 10
 """Characters of a report; the largest of 48 public ones has 18 thousand."""
@@ -66,7 +67,7 @@ def read(text: str) -> Environment:
     devices: list[MigDevice] = []
     environment: dict[str, str] = {}
     current: int | None = None
-    for line in (whole[:_CUT] for whole in text.splitlines()):
+    for line in (_COLOUR.sub("", whole[:_CUT]) for whole in text.splitlines()):
         gpu, mig, package = _GPU.match(line), _MIG.match(line), _PACKAGE.match(line)
         key = _KEY.match(line)
         if gpu:
