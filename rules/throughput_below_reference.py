@@ -12,8 +12,10 @@ from doctor.machine.step import loaded_token_seconds
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
 from doctor.snapshot import Absent, Source, Why, or_none
 from doctor.symptoms.engine_groups import rank_groups
+from doctor.symptoms.links import pairs_among
 from doctor.symptoms.served import Served, port_of, served_by
 from doctor.symptoms.traffic import Load, Traffic, load_of, long_enough, mean
+from rules.tables.products import product_of
 
 BEYOND_ARITHMETIC = (
     "--enable-lora",
@@ -68,7 +70,7 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
         elif isinstance(one.serving, Absent):
             yield one.serving
         else:
-            yield from _judged(one, one.serving, traffic, load, limits)
+            yield from _judged(one, _as_built(history, one, one.serving), traffic, load, limits)
 
 
 def _why_not(history: History, one: Served) -> str:
@@ -78,6 +80,18 @@ def _why_not(history: History, one: Served) -> str:
     if any(mine & set(group.gpus) for group in rank_groups(history) if group.engine != one.engine.id):
         return "two engines share GPUs"
     return ""
+
+
+def _as_built(history: History, one: Served, serving: Serving) -> Serving:
+    """Return the engine with the NVLinks that its board has, where a pair has none: that is what it should reach."""
+    gpu = history.latest.gpu(serving.gpus[0])
+    product = product_of(gpu) if gpu is not None else None
+    pairs = pairs_among(history.latest, serving.gpus)
+    if product is None or not product.has_board_nvlink or all(pair.nvlinks for pair in pairs):
+        return serving
+    built = tuple(pair if pair.nvlinks else msgspec.structs.replace(pair, nvlinks=product.nvlinks) for pair in pairs)
+    custom = or_none(one.engine.flags.disable_custom_all_reduce) is not True
+    return msgspec.structs.replace(serving, pairs=built, custom=custom)
 
 
 def _judged(one: Served, serving: Serving, traffic: Traffic, load: Load, limits: Limits) -> Iterator[Finding | Absent]:

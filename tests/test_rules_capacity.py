@@ -10,7 +10,7 @@ from loads import loaded
 
 from doctor.rule import AnyRule, Confidence, Finding, Severity
 from doctor.snapshot import Absent, Snapshot, Source, Why
-from rules import allreduce_dominant, model_does_not_fit, throughput_below_reference, tp_too_wide
+from rules import RULES, allreduce_dominant, model_does_not_fit, throughput_below_reference, tp_too_wide
 
 MINE = (
     model_does_not_fit.RULE,
@@ -260,6 +260,20 @@ def test_eager_mode_is_a_choice() -> None:
 )
 def test_what_the_arithmetic_explains_is_quiet(visits: tuple[Snapshot, ...]) -> None:
     assert quiet(throughput_below_reference.RULE, visits)
+
+
+def test_links_that_are_gone_are_no_excuse() -> None:
+    """Eight H100 that talk over PCIe: a token takes twice what their board would give."""
+
+    def unlinked(snapshot: Snapshot) -> Snapshot:
+        return nodes.with_pairs(snapshot, nvlinks=0, p2p_nvlink="not-supported")
+
+    visits = loaded("hgx-h100-8", token=0.045)
+    told = one(throughput_below_reference.RULE, nodes.each(visits, unlinked)).summary
+    assert told == one(throughput_below_reference.RULE, visits).summary
+    report = nodes.report(nodes.each(visits, unlinked), RULES)
+    causes = {f.finding.failure_mode: f.caused_by for f in report.findings}
+    assert causes["throughput-below-reference"] == ("pcie-fallback",)
 
 
 def test_a_small_load_is_not_measurable() -> None:
