@@ -72,11 +72,12 @@ def essential_sources(snapshot: Snapshot) -> frozenset[Source]:
 def passed_over(snapshot: Snapshot) -> tuple[Unseen, ...]:
     """Return what of the logs was read only in part: an over-long line, matching lines over the visit's bound."""
     return tuple(
-        Unseen(Source.ENGINE_LOG, Absent(Why.FAILED, why), f"part of {log.log}")
+        Unseen(Source.ENGINE_LOG, Absent(Why.PASSED_OVER, why), f"part of {log.log}")
         for log in snapshot.logs
         for number, why in (
             (log.long_lines, f"over-long lines of which only the beginning was read: {log.long_lines}"),
             (log.dropped, f"further lines that matter, counted and not kept: {log.dropped}"),
+            (log.passed_over_bytes, f"earlier lives of the engine, not read: {log.passed_over_bytes >> 20} MiB"),
         )
         if number
     )

@@ -352,3 +352,44 @@ def test_any_bytes_are_read_or_refused_in_one_line(tmp_path: Path, content: byte
     assert bool(visits) != bool(message)
     assert "\n" not in message
     assert all(visit.at <= NOW + evidence.DAY_SECONDS for visit in visits)
+
+
+def a_life(number: int, *, lines: int) -> str:
+    """One life of an engine that starts, works, and crashes."""
+    stamp = f"11-21 {number // 60 % 24:02}:{number % 60:02}:00"
+    work = "".join(f"INFO {stamp} [x.py:1] nothing of interest, number {n}\n" for n in range(lines))
+    return (
+        f"INFO {stamp} [core.py:1] Initializing a V1 LLM engine (v0.11.0) with config: model='m'\n{work}"
+        f"ERROR {stamp} [core.py:1] RuntimeError: assertion number {number} failed\n"
+    )
+
+
+@pytest.fixture
+def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds a thousandth of the real ones, so that a small log is a large one."""
+    monkeypatch.setattr(evidence, "FIRST_BYTES", 8 << 10)
+    monkeypatch.setattr(evidence, "LAST_LIVES_BYTES", 32 << 10)
+
+
+@pytest.mark.usefixtures("small_bounds")
+def test_the_middle_of_a_log_of_many_lives_is_passed_over_and_said(tmp_path: Path) -> None:
+    log = tmp_path / "loop.log"
+    text = "".join(a_life(number, lines=3) for number in range(2000))
+    log.write_text(text)
+    (snapshot,) = evidence.read([log], now=NOW)
+    (state,) = snapshot.logs
+    assert (state.lines, state.bytes) == (text.count("\n"), len(text))
+    assert len(text) - (50 << 10) < state.passed_over_bytes < len(text)
+    last = [e for e in snapshot.engine_events if "assertion number 1999" in e.text]
+    assert [e.where for e in last] == [f"loop.log:{text.count(chr(10))}"]
+    assert any("assertion number 0 " in e.text for e in snapshot.engine_events)
+
+
+@pytest.mark.usefixtures("small_bounds")
+def test_one_long_life_is_read_whole(tmp_path: Path) -> None:
+    log = tmp_path / "long.log"
+    fault = "ERROR 11-21 07:35:02 [core.py:1] RuntimeError: CUDA error: an illegal memory access was encountered\n"
+    log.write_text(a_life(0, lines=900) + fault + a_life(1, lines=2000))
+    (snapshot,) = evidence.read([log], now=NOW)
+    assert snapshot.logs[0].passed_over_bytes == 0
+    assert any(e.signal == "cuda-error" for e in snapshot.engine_events)

@@ -89,7 +89,7 @@ class LogReader:
         self._first_stats: tuple[int, bytes] | None = None
         self._first_served: tuple[int, bytes] | None = None
         self._last_served: _Served | None = None
-        self._lines = self._bytes = self._long_lines = 0
+        self._lines = self._bytes = self._long_lines = self._passed_over = 0
 
     def feed(self, chunk: bytes, at: float) -> None:
         """Read on. *at* is now, Unix seconds: it tells the year of stamps that have none."""
@@ -120,6 +120,7 @@ class LogReader:
             dropped=self._kept.dropped,
             last_at=self._last_stamp(),
             long_lines=self._long_lines,
+            passed_over_bytes=self._passed_over,
         )
         self._begin_visit()
         return LogReading(tuple(event for _, event in events), state)
@@ -136,6 +137,20 @@ class LogReader:
             self._end_rest()
         self._line = 1
         self._traces.clear()
+
+    def pass_over(self, lines: int, size: int) -> None:
+        """Say that *size* bytes with *lines* line ends come next and are not fed: lives of the engine long past.
+
+        The line that was cut by the end of the last chunk goes with them.
+        """
+        self._rest, self._rest_is_long = b"", False
+        self._line += lines
+        self._lines += lines
+        self._bytes += size
+        self._passed_over += size
+        self._traces.clear()
+        self._before = b""
+        self._row_lasts = False
 
     def _end_rest(self) -> None:
         self._block(b"\n" + self._rest)
@@ -514,6 +529,8 @@ def _line_at(block: bytes, position: int) -> bytes:
 # What one line says of itself.
 
 _ANSI = re.compile(r"(?:\x1b|←|\ufffd\[|\^\[)\[?[0-9;]*m|\x1b\[[0-9;?]*[A-Za-z]|\[[0-9]{1,2}(?:;[0-9]{1,3})*m")
+_ANSI_BARE = re.compile(r"\[[0-9]{1,2}(?:;[0-9]{1,3})*m")
+"""The last of these: where the text holds none of what the others begin with, it is found ten times as fast alone."""
 _ZONED = re.compile(
     r"\s*[\[(]?(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d+))?(?: (DP\d+ TP\d+|TP\d+|DP\d+))?"
     r"(Z| ?[+-]\d\d:?\d\d)?[\])]?(?: std(?:out|err) [FP])?[ \t]?"
@@ -565,7 +582,7 @@ def _records_of(text: str, reference: float | None, utc_offset_seconds: float) -
             yield from _of_json(wrapped, reference, utc_offset_seconds)
             return
     text = text[:RECORD_MAX]
-    record = Record((_ANSI.sub("", text) if "m" in text else text).rstrip())
+    record = Record(_uncoloured(text).rstrip())
     if _strip(record, reference, utc_offset_seconds):
         yield record
         return
@@ -574,6 +591,11 @@ def _records_of(text: str, reference: float | None, utc_offset_seconds: float) -
         record = Record(record.text[glued.start() :], at=record.at)
         _strip(record, reference, utc_offset_seconds)
     yield record
+
+
+def _uncoloured(text: str) -> str:
+    begun = "\x1b" in text or "←" in text or "\ufffd[" in text or "^[" in text
+    return (_ANSI if begun else _ANSI_BARE).sub("", text)
 
 
 def _strip(record: Record, reference: float | None, utc_offset_seconds: float) -> bool:

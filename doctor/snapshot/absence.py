@@ -30,6 +30,8 @@ class Why(enum.Enum):
     """The GPU is gone."""
     TIMED_OUT = "timed-out"
     """No answer within the deadline."""
+    PASSED_OVER = "passed-over"
+    """It was there to see, beyond a bound that keeps the program small; `detail` says how much."""
     FAILED = "failed"
     """It was asked and failed; `detail` says how."""
 

@@ -195,6 +195,8 @@ class LogState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The stamp of the last record of the log, matching or not."""
     long_lines: int = 0
     """Lines over the length bound, of which only the beginning was read."""
+    passed_over_bytes: int = 0
+    """Of a large log: earlier lives of the engine, between its first and its last ones, that were not read."""
 
 
 class Histogram(msgspec.Struct, frozen=True, kw_only=True, tag="histogram", tag_field="absent"):
