@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from inspect import unwrap
 from typing import Any, TypeVar
 
 from doctor.snapshot import EngineEvent, Gpu, KernelEvent, Snapshot
@@ -17,7 +18,7 @@ class History:
     Raises ValueError when made of nothing.
     """
 
-    __slots__ = ("_measured", "keep", "snapshots")
+    __slots__ = ("_by_gpu", "_measured", "_measured_before", "keep", "snapshots")
 
     def __init__(self, snapshots: tuple[Snapshot, ...], keep: float) -> None:
         if not snapshots:
@@ -26,12 +27,16 @@ class History:
         self.snapshots = snapshots
         self.keep = keep
         self._measured: dict[object, Any] = {}
+        self._measured_before: dict[object, Any] = {}
+        self._by_gpu: dict[float | None, dict[str, list[tuple[float, Gpu]]]] = {}
 
     def after(self, snapshot: Snapshot) -> History:
         """Return the history that follows when *snapshot* is seen: what is older than `keep` falls out."""
         oldest = snapshot.at - self.keep
         kept = tuple(past for past in self.snapshots if past.at >= oldest)
-        return History((*kept, snapshot), self.keep)
+        following = History((*kept, snapshot), self.keep)
+        following._measured_before = self._measured
+        return following
 
     @property
     def latest(self) -> Snapshot:
@@ -63,18 +68,28 @@ class History:
         for snapshot in self.snapshots:
             yield from snapshot.engine_events
 
-    def of_gpu(self, uuid: str) -> Iterator[tuple[float, Gpu]]:
-        """Yield (time, GPU) for each visit that saw this GPU, oldest first."""
-        for snapshot in self.snapshots:
-            gpu = snapshot.gpu(uuid)
-            if gpu is not None:
-                yield snapshot.at, gpu
+    def of_gpu(self, uuid: str, seconds: float | None = None) -> Sequence[tuple[float, Gpu]]:
+        """Return (time, GPU) for each visit that saw this GPU, oldest first; of the last *seconds* where given."""
+        if seconds not in self._by_gpu:
+            by_gpu: dict[str, list[tuple[float, Gpu]]] = {}
+            for snapshot in self.snapshots if seconds is None else self.window(seconds):
+                for gpu in snapshot.gpus:
+                    by_gpu.setdefault(gpu.uuid, []).append((snapshot.at, gpu))
+            self._by_gpu[seconds] = by_gpu
+        return self._by_gpu[seconds].get(uuid, ())
 
     def measure(self, symptom: Callable[[History], T]) -> T:
         """Return `symptom(self)`, computed once however many rules ask."""
         if symptom not in self._measured:
             self._measured[symptom] = symptom(self)
         return self._measured[symptom]
+
+    def measured_before(self, symptom: Callable[[History], T]) -> T | None:
+        """Return what a symptom (`measured_once`) returned at the visit before, so that it need not begin anew.
+
+        None: nothing. It may only save work: a history alone, without the one before, must give the same.
+        """
+        return self._measured_before.get(unwrap(symptom))
 
 
 def measured_once(symptom: Callable[[History], T]) -> Callable[[History], T]:

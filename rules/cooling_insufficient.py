@@ -101,15 +101,14 @@ def _slowed(history: History, gpu: Gpu, kind: str, share: float, limits: Limits)
             text = f"for {grown.amount:.1f} of the last {grown.seconds:.0f} s"
             return Evidence(Source.NVML.value, f"GPU {gpu.index}: {reason} duration", text)
         return None
-    visits = [seen for _, seen in history.of_gpu(gpu.uuid)][-2:]
+    visits = [seen for _, seen in history.of_gpu(gpu.uuid)[-2:]]
     if all(known(seen.clocks.event_reasons) and reason in seen.clocks.event_reasons for seen in visits):
         return Evidence(Source.NVML.value, f"GPU {gpu.index}: clocks event reasons", "when it was looked at")
     return None
 
 
 def _near(history: History, gpu: Gpu, limits: Limits, evidence: tuple[Evidence, ...]) -> Heat | None:
-    oldest = history.now - limits.near_seconds
-    left = [_left(seen) for at, seen in history.of_gpu(gpu.uuid) if at >= oldest]
+    left = [_left(seen) for _, seen in history.of_gpu(gpu.uuid, limits.near_seconds)]
     if all(celsius is not None and celsius <= limits.near_celsius for celsius in left) and len(left) > 1:
         return Heat(
             gpu, f"has {left[-1]:.0f} °C left before it slows down, at {_celsius(gpu)}", evidence, Severity.NOTICE

@@ -88,7 +88,7 @@ def _by_signature(history: History, limits: Limits) -> Iterator[Finding]:
 
 
 def _stuck(history: History, uuid: str, limits: Limits) -> bool:
-    seen = [(at, gpu) for at, gpu in history.of_gpu(uuid) if at >= history.now - limits.seconds]
+    seen = history.of_gpu(uuid, limits.seconds)
     return (
         bool(seen)
         and seen[-1][0] - seen[0][0] >= limits.seconds

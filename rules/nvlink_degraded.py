@@ -163,7 +163,7 @@ def _finding(history: History, short: tuple[Shortfall, ...]) -> Finding:
 def _since(history: History, short: tuple[Shortfall, ...]) -> float | None:
     """Return the first visit at which the links were down, where an earlier visit saw them up."""
     fallen = went_down(history)
-    for snapshot in history.snapshots:
+    for snapshot in history.snapshots if fallen else ():
         for s in short:
             gpu = snapshot.gpu(s.gpu)
             if (

@@ -9,7 +9,7 @@ import msgspec
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, facts_of_gpu, rule
 from doctor.snapshot import Gpu, Maybe, NvLink, Source, known
-from doctor.symptoms.growth import link_growth
+from doctor.symptoms.growth import link_growth, moved_links
 from doctor.symptoms.names import gpu_at, listed, name_at, name_of
 from doctor.symptoms.xids import XidEvent, xid_events
 from rules.tables.xids import XIDS, codes_of
@@ -61,8 +61,9 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
 
 
 def _grown(history: History, gpu: Gpu, limits: Limits) -> Iterator[tuple[int, str]]:
+    moved = moved_links(history, gpu.uuid, limits.window_seconds)
     for link in gpu.links if known(gpu.links) else ():
-        for name, count in COUNTERS:
+        for name, count in COUNTERS if link.link in moved else ():
             grown = link_growth(history, gpu.uuid, link.link, count, limits.window_seconds)
             if grown is None or not grown.amount:
                 continue

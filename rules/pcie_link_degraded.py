@@ -56,7 +56,7 @@ def _width(gpu: Gpu) -> Iterator[tuple[str, str]]:
 
 def _generation(history: History, gpu: Gpu, limits: Limits) -> Iterator[tuple[str, str]]:
     now, full = gpu.pcie.generation, gpu.pcie.generation_max
-    visits = [seen for _, seen in history.of_gpu(gpu.uuid)][-2:]
+    visits = [seen for _, seen in history.of_gpu(gpu.uuid)[-2:]]
     loaded = all(known(s.activity.gpu_ratio) and s.activity.gpu_ratio >= limits.busy_ratio for s in visits)
     if known(now) and known(full) and 0 < now < full and loaded and all(s.pcie.generation == now for s in visits):
         yield "PCIe link generation", f"its PCIe link runs at generation {now} of {full} under load"

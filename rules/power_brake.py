@@ -49,7 +49,7 @@ def _braked(history: History, gpu: Gpu, limits: Limits) -> Evidence | None:
             return None
         text = f"was engaged for {grown.amount:.1f} of the last {grown.seconds:.0f} s"
         return Evidence(Source.NVML.value, f"GPU {gpu.index}: hw-power-brake duration", text)
-    visits = [seen for _, seen in history.of_gpu(gpu.uuid)][-2:]
+    visits = [seen for _, seen in history.of_gpu(gpu.uuid)[-2:]]
     if all(known(s.clocks.event_reasons) and "hw-power-brake" in s.clocks.event_reasons for s in visits):
         return Evidence(Source.NVML.value, f"GPU {gpu.index}: clocks event reasons", "is engaged")
     return None

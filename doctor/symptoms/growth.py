@@ -39,8 +39,7 @@ def gpu_growth(
     history: History, uuid: str, read: Callable[[Gpu], Maybe[float]], window_seconds: float
 ) -> Growth | None:
     """Return the growth of one GPU's counter over the last *window_seconds*."""
-    oldest = history.now - window_seconds
-    return growth((at, read(gpu)) for at, gpu in history.of_gpu(uuid) if at >= oldest)
+    return growth((at, read(gpu)) for at, gpu in history.of_gpu(uuid, window_seconds))
 
 
 def link_growth(
@@ -53,3 +52,12 @@ def link_growth(
         return next((read(seen) for seen in links if seen.link == link), NOT_ASKED)
 
     return gpu_growth(history, uuid, of_link, window_seconds)
+
+
+def moved_links(history: History, uuid: str, window_seconds: float) -> frozenset[int]:
+    """Return the NVLinks of a GPU that did not read the same at every visit of the last *window_seconds*.
+
+    Whole GPUs are compared first: it is seldom that any link moves.
+    """
+    readings = [gpu.links for _, gpu in history.of_gpu(uuid, window_seconds) if known(gpu.links)]
+    return frozenset(link.link for before, now in pairwise(readings) if before != now for link in {*before} ^ {*now})

@@ -44,6 +44,8 @@ def went_down(history: History) -> dict[str, tuple[int, ...]]:
     """Return, by GPU, the links that are down now and were up at an earlier visit."""
     lost: dict[str, tuple[int, ...]] = {}
     for count in link_counts(history):
+        if not count.down:
+            continue
         was_up = {
             link.link
             for _, gpu in history.of_gpu(count.gpu)
