@@ -443,3 +443,10 @@ def test_no_bytes_make_the_reader_fail(data: bytes, at: float) -> None:
 @given(st.sampled_from([*RECORDS.values(), *SAID]), st.text(max_size=20), st.integers(0, 200))
 def test_no_mutilated_record_makes_the_reader_fail(line: str, inserted: str, place: int) -> None:
     events_of((line[:place] + inserted + line[place:]).encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.parametrize("literal", sorted({*(row.literal for row in signals.SIGNALS), *signals.EXCEPTION_LITERALS}))
+def test_no_line_that_holds_a_literal_is_passed_over_unread(literal: str) -> None:
+    assert vllm_log.holds_literal(literal.encode())
+    assert vllm_log.holds_literal(f"(Worker pid=1) WARNING 11-21 07:35:02 [x.py:1] and:{literal}\u2026".encode())
+    assert not vllm_log.holds_literal(b"WARNING 11-21 07:35:02 [x.py:1] an ordinary line")

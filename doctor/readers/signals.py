@@ -408,6 +408,19 @@ def by_token(literals: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {token: tuple(of_token) for token, of_token in found.items()}
 
 
+def by_word(literals: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return the literals that have a word with a space on either side, each under the longest such word.
+
+    A line that holds the literal has that word among its own words: one look into a set instead of many searches.
+    """
+    found: dict[str, list[str]] = {}
+    for literal in dict.fromkeys(literals):
+        words = [word for word in literal.split(" ")[1:-1] if word]
+        if words:
+            found.setdefault(max(words, key=len), []).append(literal)
+    return {word: tuple(of_word) for word, of_word in found.items()}
+
+
 _ROWS: dict[str, list[tuple[int, Signal]]] = {}
 for _n, _row in enumerate(SIGNALS):
     _ROWS.setdefault(_row.literal, []).append((_n, _row))

@@ -202,7 +202,7 @@ class LogReader:
             line = line[head + 2 :]
         if line in self._quiet:
             return True
-        if any(literal in line for token, literals in _GATE if token in line for literal in literals):
+        if holds_literal(line):
             return False
         if len(line) <= _QUIET_LINE_BYTES:
             if len(self._quiet) >= _QUIET_LINES:
@@ -500,13 +500,37 @@ _NOT_PASSED_OVER = re.compile(
     rb"|\([A-Za-z][^)\n]{0,60}\) (?:INFO|DEBUG)(?:: {5}\d|" + _UNWANTED_RECORD + rb"))([^\n]+)"
 )
 """Lines, but for access lines and INFO and DEBUG records whose message begins like none that is wanted."""
-_GATE = tuple(
+_LITERALS = (*(row.literal for row in signals.SIGNALS), *signals.EXCEPTION_LITERALS)
+_BY_WORD = {
+    word.encode(): tuple(literal.encode() for literal in literals)
+    for word, literals in signals.by_word(_LITERALS).items()
+}
+_WORDS = frozenset(_BY_WORD)
+_BY_TOKEN = tuple(
     (token.encode(), tuple(literal.encode() for literal in literals))
     for token, literals in signals.by_token(
-        (*(row.literal for row in signals.SIGNALS), *signals.EXCEPTION_LITERALS)
+        tuple(set(_LITERALS).difference(*signals.by_word(_LITERALS).values()))
     ).items()
 )
-"""What a line must hold to be looked at: one of the literals, asked for only where its token is there."""
+"""The literals without such a word, asked for only where a token of theirs is there."""
+
+
+def holds_literal(line: bytes) -> bool:
+    """Whether a line holds one of the table's literals, and so must be looked at."""
+    words = line.split()
+    if not _WORDS.isdisjoint(words):
+        for word in words:
+            for literal in _BY_WORD.get(word, ()):
+                if literal in line:
+                    return True
+    for token, literals in _BY_TOKEN:
+        if token in line:
+            for literal in literals:
+                if literal in line:
+                    return True
+    return False
+
+
 _WORDS_OF_INDENTED_ERRORS = (b"rror: ", b"xception: ", b"Value error, ", b"NCCL WARN ")
 
 
