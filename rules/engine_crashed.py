@@ -22,7 +22,6 @@ TOLD_BY_OTHERS = frozenset(
         "nccl-shm-failed",
         "nccl-driver-too-old",
         "nccl-nvls-failed",
-        "no-space-left",
         "p2p-probe-failed",
     }
 )
@@ -72,6 +71,7 @@ KINDS_TOLD_BY_OTHERS = {
 WORDS = {
     "rpc-timeout": "a worker did not answer a call in time, and nothing in the log says what it was doing",
     "cuda-out-of-memory": "a GPU ran out of memory while serving",
+    "no-space-left": "a disk that it writes to is full",
     "engine-start-timeout": "the engine core took longer to start than its front waits (VLLM_ENGINE_READY_TIMEOUT_S)",
 }
 
