@@ -123,24 +123,18 @@ class FabricManagerState:
 
 def switches(root: Path) -> Maybe[tuple[NvSwitch, ...]]:
     """Return the NVSwitches that the driver has bound."""
-    folder = root / "proc/driver/nvidia-nvswitch/devices"
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as e:
-        return files.why_not(e, folder)
-    return tuple(_switch(entry) for entry in entries)
+    devices = files.informations(root / "proc/driver/nvidia-nvswitch/devices")
+    if isinstance(devices, Absent):
+        return devices
+    return tuple(_switch(address, facts) for address, facts in devices)
 
 
-def _switch(folder: Path) -> NvSwitch:
-    try:
-        text = files.text_of(folder / "information")
-    except OSError as e:
-        why = files.why_not(e, folder / "information")
-        return NvSwitch(pci_address=folder.name, bios_version=why, uuid=why)
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+def _switch(address: str, facts: Maybe[dict[str, str]]) -> NvSwitch:
+    if isinstance(facts, Absent):
+        return NvSwitch(pci_address=address, bios_version=facts, uuid=facts)
     not_told = Absent(Why.FAILED, "the driver does not tell")
     return NvSwitch(
-        pci_address=folder.name, bios_version=facts.get("BIOS Version", not_told), uuid=facts.get("UUID", not_told)
+        pci_address=address, bios_version=facts.get("BIOS Version", not_told), uuid=facts.get("UUID", not_told)
     )
 
 

@@ -56,6 +56,23 @@ def why_not(error: OSError, path: object, remedy: str = "run as root to see it")
     return Absent(Why.FAILED, f"{path}: {error.strerror or error}")
 
 
+def informations(folder: Path) -> Maybe[tuple[tuple[str, Maybe[dict[str, str]]], ...]]:
+    """Return what the driver tells of each of its devices: a folder a device, named by its address, with a file in it."""
+    try:
+        devices = sorted(folder.iterdir())
+    except OSError as e:
+        return why_not(e, folder)
+    return tuple((device.name, _information(device / "information")) for device in devices)
+
+
+def _information(path: Path) -> Maybe[dict[str, str]]:
+    try:
+        lines = text_of(path).splitlines()
+    except OSError as e:
+        return why_not(e, path)
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
 def within(root: Path, path: str) -> Path:
     """Return where *path* leads for a process whose root directory is *root*, symbolic links followed.
 

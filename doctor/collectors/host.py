@@ -165,24 +165,18 @@ def driver_module(root: Path) -> Maybe[str]:
 
 def driver_gpus(root: Path) -> Maybe[tuple[DriverGpu, ...]]:
     """Return the GPUs that the driver has bound, from its own cache."""
-    folder = root / "proc/driver/nvidia/gpus"
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as e:
-        return files.why_not(e, folder)
-    return tuple(_driver_gpu(entry) for entry in entries)
+    devices = files.informations(root / "proc/driver/nvidia/gpus")
+    if isinstance(devices, Absent):
+        return devices
+    return tuple(_driver_gpu(address, facts) for address, facts in devices)
 
 
-def _driver_gpu(folder: Path) -> DriverGpu:
-    try:
-        text = files.text_of(folder / "information")
-    except OSError as e:
-        why = files.why_not(e, folder / "information")
-        return DriverGpu(pci_address=folder.name, name=why, uuid=why, excluded=why)
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+def _driver_gpu(address: str, facts: Maybe[dict[str, str]]) -> DriverGpu:
+    if isinstance(facts, Absent):
+        return DriverGpu(pci_address=address, name=facts, uuid=facts, excluded=facts)
     not_told = Absent(Why.MISSING_SYMBOL, "this driver does not tell")
     return DriverGpu(
-        pci_address=folder.name,
+        pci_address=address,
         name=facts.get("Model", not_told),
         uuid=facts.get("GPU UUID", not_told),
         excluded=facts["GPU Excluded"] == "Yes" if "GPU Excluded" in facts else not_told,
