@@ -13,7 +13,7 @@ from pathlib import Path
 import nodes
 
 from doctor.feeds import recording, simulated
-from doctor.snapshot import Absent, Snapshot, Why
+from doctor.snapshot import Absent, Engine, GpuProcess, Rank, Snapshot, Why
 
 HERE = Path(__file__).parent
 PROGRAM = "gpu-doctor tests"
@@ -87,6 +87,11 @@ SIMULATED: dict[str, dict[str, tuple[str, ...]]] = {
         "fires-profiling": ("hgx-h100-4", "out-of-memory-at-startup"),
         "quiet-foreign-process": ("hgx-h100-4", "foreign-process:gpu=1"),
         "quiet-killed-worker": ("hgx-h100-4", "oom-kill"),
+    },
+    "gpu-memory-held": {
+        "fires-beside-an-engine": ("hgx-h100-4", "foreign-process:gpu=1"),
+        "quiet-nobody-else": ("hgx-h100-4", "out-of-memory-at-startup"),
+        "quiet-small": ("hgx-h100-4", "foreign-process:gpu=1,gib=0.2"),
     },
     "cooling-insufficient": {
         "fires-one-gpu": ("hgx-h100-4", "overheating:gpu=2"),
@@ -210,6 +215,41 @@ def other_card(snapshot: Snapshot) -> Snapshot:
     )
 
 
+def holding(snapshot: Snapshot, gpu: int, pid: int, gib: float, name: str) -> Snapshot:
+    """A further process on a GPU."""
+    before = next(g for g in snapshot.gpus if g.index == gpu).processes
+    assert not isinstance(before, Absent)
+    more = GpuProcess(pid=pid, used_bytes=int(gib * (1 << 30)), name=name)
+    return nodes.with_gpu(snapshot, gpu, processes=(*before, more))
+
+
+def second_engine(snapshot: Snapshot, *command: str) -> Snapshot:
+    """Another engine's one rank on GPU 1."""
+    engine = Engine(
+        pid=3000,
+        started_at=nodes.START - 60,
+        kind="vllm",
+        command_line=command,
+        ranks=(Rank(pid=3001, rank=0, title="VLLM::EngineCore", gpu=nodes.uuid(1)),),
+    )
+    both = nodes.put(snapshot, engines=(*snapshot.engines, engine))
+    return holding(both, 1, 3001, 6.0, "VLLM::EngineCore")
+
+
+def not_empty() -> tuple[Snapshot, ...]:
+    """An engine that refused to start, and the job that holds its GPU."""
+    text = (
+        "ValueError: Free memory on device cuda:1 (19.1/79.65 GiB) on startup is less than desired GPU memory utilization "
+        "(0.92, 73.28 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
+    )
+    gib = {"free_bytes": 19.1, "total_bytes": 79.65, "wanted_bytes": 73.28}
+    facts = {name: int(value * (1 << 30)) for name, value in gib.items()}
+    refusal = nodes.line("free-memory-below-utilization", text, number=9, gpu=1, utilization=0.92, **facts)
+    idle = nodes.each(nodes.healthy("hgx-h100-4", busy=False), nodes.without_engine)
+    held = nodes.each(idle, lambda s: holding(s, 1, 4000, 60.0, "/usr/bin/python3"))
+    return nodes.last(held, lambda s: nodes.with_lines(s, refusal))
+
+
 def asleep(snapshot: Snapshot) -> Snapshot:
     return nodes.with_gpu(snapshot, range(8), persistence_mode=False)
 
@@ -228,6 +268,21 @@ BUILT: dict[str, dict[str, Callable[[], Iterable[Snapshot]]]] = {
         "quiet-before-boot": lambda: nodes.each(nodes.healthy("hgx-h100-4", visits=2), lost_before_boot),
     },
     "driver-unresponsive": {"quiet-slow-first-start": slow_start},
+    "gpu-memory-held": {
+        "fires-at-startup": not_empty,
+        "fires-left-over": lambda: nodes.each(
+            nodes.healthy("hgx-h100-4"), lambda s: second_engine(s, "VLLM::EngineCore")
+        ),
+        "quiet-second-engine": lambda: nodes.each(
+            nodes.healthy("hgx-h100-4"), lambda s: second_engine(s, "vllm", "serve", "org/embedder")
+        ),
+        "quiet-desktop": lambda: nodes.each(
+            nodes.healthy("rtx4090-4"), lambda s: holding(s, 0, 4000, 0.2, "/usr/lib/xorg/Xorg")
+        ),
+        "quiet-mps": lambda: nodes.each(
+            nodes.healthy("hgx-h100-4"), lambda s: holding(s, 0, 4000, 3.0, "nvidia-cuda-mps-server")
+        ),
+    },
     "mixed-gpus": {
         "fires-one-other": lambda: nodes.each(nodes.healthy("hgx-h100-4"), other_card),
         "quiet-not-in-the-group": lambda: nodes.each(nodes.healthy("hgx-h100-4", tp=2), other_card),

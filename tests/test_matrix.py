@@ -28,6 +28,7 @@ OTHER_ALARMS = {
     "gpu-lost/quiet-driver-hung": "driver-unresponsive",
     "gpu-lost/quiet-other-xid": "application-fault",
     "gpu-memory-faulty/quiet-application": "application-fault",
+    "gpu-memory-held/quiet-nobody-else": "out-of-memory-at-startup",
     "launch-refused/quiet-software": "engine-crashed",
     "nccl-timeout/quiet-fault": "application-fault",
     "nvlink-degraded/quiet-mig": "mig-misconfigured",
