@@ -49,7 +49,7 @@ class Heat(msgspec.Struct, frozen=True):
     "Cooling does not carry the heat away",
     severity=Severity.WARNING,
     needs=(Source.NVML,),
-    explains=("gpu-lost", "throughput-below-reference", "ttft-slow", "single-point-of-failure"),
+    explains=("gpu-lost", "throughput-below-reference", "ttft-slow"),
     limits=Limits(),
 )
 def RULE(history: History, limits: Limits) -> Iterator[Finding]:

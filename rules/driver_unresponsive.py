@@ -48,8 +48,8 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     tasks = latest.host.blocked_tasks if known(latest.host.blocked_tasks) else ()
     evidence += [Evidence(Source.HOST.value, f"/proc/{t.pid}/stat", f"{t.name} is in state D") for t in tasks]
     waking = _may_be_waking(history) and len(evidence) - len(tasks) == 1 and silent < limits.first_start_seconds
-    more = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
-    stuck = f"; {tasks[0].name} (pid {tasks[0].pid}){more} hangs in the kernel with it" if tasks else ""
+    more = f" and {len(tasks) - 1} more hang" if len(tasks) > 1 else " hangs"
+    stuck = f"; {tasks[0].name} (pid {tasks[0].pid}){more} in the kernel with it" if tasks else ""
     doubt = (
         "; nothing has used the driver yet, and without persistence mode its first start takes up to 30 s: ask again"
     )

@@ -16,6 +16,12 @@ UNCORRECTABLE_XIDS = (48, 94, 95, 140)
 that succeeded."""
 FAILED_REPAIR_XID = 64
 
+CONTAINED_XID = 94
+"""It ended the application that met the error and no other; NVIDIA's action is to restart that application (`xid.toml`)."""
+
+_BESIDE_CONTAINED = frozenset({"ECC: volatile uncorrected", "row remapper: pending"})
+"""What a contained error leaves in the GPU's own counters."""
+
 
 @rule(
     "gpu-memory-faulty",
@@ -38,9 +44,11 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
     for xid in xids:
         if xid.pci_address not in told:
             told.add(xid.pci_address)
+            mine = [other for other in xids if other.pci_address == xid.pci_address]
             yield Finding(
                 summary=f"The GPU at {xid.pci_address} reported an uncorrectable memory error (Xid {xid.code})",
                 evidence=(Evidence(Source.KERNEL_LOG.value, xid.first.where, xid.first.text),),
+                severity=Severity.WARNING if _is_contained(mine, []) else Severity.CRITICAL,
                 since=xid.at,
                 facts={"pci-address": xid.pci_address},
             )
@@ -74,11 +82,16 @@ def _finding(gpu: Gpu, xids: list[XidEvent], words: list[tuple[str, str]]) -> Fi
             *(Evidence(Source.KERNEL_LOG.value, xid.first.where, xid.first.text) for xid in xids[:3]),
             *(Evidence(Source.NVML.value, f"GPU {gpu.index}: {field}", text) for text, field in words),
         ),
-        severity=Severity.WARNING if only_pending else Severity.CRITICAL,
+        severity=Severity.WARNING if only_pending or _is_contained(xids, words) else Severity.CRITICAL,
         subject=Subject(gpus=(gpu.uuid,)),
         since=min((xid.at for xid in xids if xid.at is not None), default=None),
         facts=dict(facts_of_gpu(gpu.index, pci_address, gpu.uuid)),
     )
+
+
+def _is_contained(xids: list[XidEvent], words: list[tuple[str, str]]) -> bool:
+    """Whether every error was contained, and the GPU says nothing worse."""
+    return {xid.code for xid in xids} == {CONTAINED_XID} and {field for _, field in words} <= _BESIDE_CONTAINED
 
 
 def _engine_says_so(history: History) -> Iterator[Finding]:

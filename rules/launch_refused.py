@@ -18,7 +18,6 @@ WORDS = {
     "no-access": "it has no access to the model",
     "unsupported-architecture": "this release does not know the model's architecture",
     "gpu-uuid": "it can't read a GPU's UUID in CUDA_VISIBLE_DEVICES: this release takes whole numbers",
-    "dtype": "the GPU can't compute in the data type asked for",
 }
 """By the kind of the signal `launch-error`."""
 

@@ -147,6 +147,7 @@ SIMULATED: dict[str, dict[str, tuple[str, ...]]] = {
     "gpu-memory-faulty": {
         "fires-uncorrected": ("hgx-h100-4", "ecc-uncorrected:gpu=1"),
         "fires-remap-pending": ("hgx-h100-4", "remap-pending:gpu=1"),
+        "fires-contained": ("hgx-h100-4", "xid:code=94,gpu=1"),
         "quiet-xid-63": ("hgx-h100-4", "xid:code=63,gpu=1"),
         "quiet-application": ("hgx-h100-4", "application-fault:gpu=1"),
     },

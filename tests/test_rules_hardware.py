@@ -267,6 +267,19 @@ def test_the_silence_is_counted_over_visits() -> None:
     assert "30 s" in finding.summary
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("nvidia-smi",), "nvidia-smi (pid 7) hangs in the kernel"),
+        (("nvidia-smi", "vllm", "dcgm"), "nvidia-smi (pid 7) and 2 more hang in the kernel"),
+    ],
+)
+def test_the_tasks_that_hang_with_the_driver_are_counted(names: tuple[str, ...], words: str) -> None:
+    tasks = tuple(BlockedTask(pid=7 + i, name=name) for i, name in enumerate(names))
+    visits = nodes.last(nodes.healthy("hgx-h100-4"), lambda s: nodes.put(nodes.hung(s), host__blocked_tasks=tasks))
+    assert words in one(driver_unresponsive.RULE, visits).summary
+
+
 def test_an_xid_119_explains_the_silence() -> None:
     visits = nodes.last(nodes.healthy("hgx-h100-4"), lambda s: nodes.with_kernel(nodes.hung(s), nodes.xid(119, 1)))
     assert any("119" in e.text for e in one(driver_unresponsive.RULE, visits).evidence)

@@ -11,6 +11,7 @@ from doctor.rule import AnyRule, Finding, Severity
 from doctor.snapshot import Absent, Snapshot, Source, Why
 from rules import (
     gpu_hung,
+    gpu_memory_faulty,
     mixed_gpus,
     nvlink_errors,
     pcie_link_degraded,
@@ -93,6 +94,35 @@ def test_a_hang_that_a_reset_ended() -> None:
     assert one(gpu_hung.RULE, fresh).severity is Severity.WARNING
     old = nodes.last(visits, lambda s: nodes.with_kernel(s, nodes.xid(119, 1, at=s.at - 6000)))
     assert quiet(gpu_hung.RULE, old)
+
+
+# gpu-memory-faulty
+
+
+@pytest.mark.parametrize(
+    ("codes", "counters", "severity"),
+    [
+        ((94,), {}, Severity.WARNING),
+        ((94, 94), {"ecc__uncorrected_volatile": 2, "ecc__remap_pending": True}, Severity.WARNING),
+        ((94, 48), {}, Severity.CRITICAL),
+        ((95,), {}, Severity.CRITICAL),
+        ((94,), {"ecc__remap_failed": True}, Severity.CRITICAL),
+        ((94,), {"ecc__sram_threshold_exceeded": True}, Severity.CRITICAL),
+        ((), {"ecc__uncorrected_volatile": 1}, Severity.CRITICAL),
+        ((), {"ecc__remap_pending": True}, Severity.WARNING),
+    ],
+)
+def test_a_contained_error_is_a_warning_unless_something_worse_is_beside_it(
+    codes: tuple[int, ...], counters: dict[str, Any], severity: Severity
+) -> None:
+    visits = nodes.last(
+        nodes.healthy("hgx-h100-4"),
+        lambda s: nodes.with_kernel(nodes.with_gpu(s, 1, **counters), *(nodes.xid(c, 1, at=s.at) for c in codes)),
+    )
+    assert one(gpu_memory_faulty.RULE, visits).severity is severity
+    unlisted = nodes.last(visits, lambda s: nodes.forget_gpu(s, 1))
+    if codes and not counters:
+        assert one(gpu_memory_faulty.RULE, unlisted).severity is severity
 
 
 # recovery-pending
