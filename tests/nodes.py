@@ -623,5 +623,17 @@ def why_blind(rule: AnyRule, visits: Sequence[Snapshot]) -> Absent | None:
     return rule.judge(history(visits))[1]
 
 
+def one(rule: AnyRule, visits: Sequence[Snapshot]) -> Finding:
+    """Return the rule's only finding."""
+    findings, why = rule.judge(history(visits))
+    assert len(findings) == 1, (findings, why)
+    return findings[0]
+
+
+def quiet(rule: AnyRule, visits: Sequence[Snapshot]) -> bool:
+    """Whether the rule was asked, could judge, and found nothing."""
+    return rule.judge(history(visits)) == ((), None)
+
+
 def report(visits: Sequence[Snapshot], rules: Sequence[AnyRule]) -> Report:
     return judge(history(visits), rules)

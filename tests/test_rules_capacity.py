@@ -7,8 +7,9 @@ from typing import Any
 import nodes
 import pytest
 from loads import loaded
+from nodes import one, quiet
 
-from doctor.rule import AnyRule, Confidence, Finding, Severity
+from doctor.rule import AnyRule, Confidence, Severity
 from doctor.snapshot import Absent, Snapshot, Source, Why
 from rules import RULES, allreduce_dominant, model_does_not_fit, throughput_below_reference, tp_too_wide
 
@@ -21,16 +22,6 @@ MINE = (
 
 NO_WEIGHTS = Absent(Why.NOT_ASKED)
 FP8 = {"quantization_method": "fp8", "quantization_weight_bits": 8, "quantization_weight_type": "float"}
-
-
-def one(rule: AnyRule, visits: tuple[Snapshot, ...]) -> Finding:
-    findings = nodes.found(rule, visits)
-    assert len(findings) == 1, (findings, nodes.why_blind(rule, visits))
-    return findings[0]
-
-
-def quiet(rule: AnyRule, visits: tuple[Snapshot, ...]) -> bool:
-    return rule.judge(nodes.history(visits)) == ((), None)
 
 
 def with_model(visits: tuple[Snapshot, ...], **changes: Any) -> tuple[Snapshot, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 import nodes
 import pytest
 from loads import loaded
+from nodes import quiet
 
 from doctor.rule import AnyRule, Confidence, Finding, Severity
 from doctor.snapshot import Absent, Engine, EngineFlags, Snapshot, Source, Why
@@ -41,10 +42,6 @@ def one(rule: AnyRule, visits: tuple[Snapshot, ...]) -> Finding:
     assert len(findings) == 1, (findings, nodes.why_blind(rule, visits))
     assert findings[0].severity is Severity.NOTICE
     return findings[0]
-
-
-def quiet(rule: AnyRule, visits: tuple[Snapshot, ...]) -> bool:
-    return rule.judge(nodes.history(visits)) == ((), None)
 
 
 def engine(visits: tuple[Snapshot, ...], **changes: Any) -> tuple[Snapshot, ...]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import nodes
 import pytest
+from nodes import one, quiet
 
-from doctor.rule import AnyRule, Confidence, Finding, Severity
+from doctor.rule import AnyRule, Confidence, Severity
 from doctor.snapshot import (
     Absent,
     BlockedTask,
@@ -50,16 +51,6 @@ MINE = (
     gpu_lost.RULE,
     driver_unresponsive.RULE,
 )
-
-
-def one(rule: AnyRule, visits: tuple[Snapshot, ...]) -> Finding:
-    findings = nodes.found(rule, visits)
-    assert len(findings) == 1, findings
-    return findings[0]
-
-
-def quiet(rule: AnyRule, visits: tuple[Snapshot, ...]) -> bool:
-    return rule.judge(nodes.history(visits)) == ((), None)
 
 
 # All of them

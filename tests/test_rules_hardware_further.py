@@ -6,8 +6,9 @@ from typing import Any
 
 import nodes
 import pytest
+from nodes import one, quiet
 
-from doctor.rule import AnyRule, Finding, Severity
+from doctor.rule import AnyRule, Severity
 from doctor.snapshot import Absent, Snapshot, Source, Why
 from rules import (
     gpu_hung,
@@ -33,16 +34,6 @@ MINE = (
     recovery_pending.RULE,
     xid_unclassified.RULE,
 )
-
-
-def one(rule: AnyRule, visits: tuple[Snapshot, ...]) -> Finding:
-    findings = nodes.found(rule, visits)
-    assert len(findings) == 1, findings
-    return findings[0]
-
-
-def quiet(rule: AnyRule, visits: tuple[Snapshot, ...]) -> bool:
-    return rule.judge(nodes.history(visits)) == ((), None)
 
 
 def growing(visits: tuple[Snapshot, ...], gpu: int, per_visit: float, field: str) -> tuple[Snapshot, ...]:

@@ -8,8 +8,9 @@ from typing import Any
 import nodes
 import pytest
 from loads import LIVE, histogram, live, loaded
+from nodes import one, quiet
 
-from doctor.rule import AnyRule, Confidence, Finding, Severity
+from doctor.rule import AnyRule, Confidence, Severity
 from doctor.snapshot import Absent, Histogram, Snapshot, Source, Why
 from doctor.symptoms.traffic import quantile_at_most, share_above, traffics
 from rules import (
@@ -35,16 +36,6 @@ MINE = (
 )
 
 FIRST_BOUNDS = (0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
-
-
-def one(rule: AnyRule, visits: tuple[Snapshot, ...]) -> Finding:
-    findings = nodes.found(rule, visits)
-    assert len(findings) == 1, (findings, nodes.why_blind(rule, visits))
-    return findings[0]
-
-
-def quiet(rule: AnyRule, visits: tuple[Snapshot, ...]) -> bool:
-    return rule.judge(nodes.history(visits)) == ((), None)
 
 
 def paged(visits: tuple[Snapshot, ...], fields: Callable[[int], dict[str, Any]]) -> tuple[Snapshot, ...]:
