@@ -36,6 +36,7 @@ class Limits(msgspec.Struct, frozen=True):
         "nccl-timeout",
         "engine-crashed",
         "launch-refused",
+        "tp-exceeds-visible-gpus",
         "out-of-memory-at-startup",
         "fp8-not-engaged",
         "idle-gpus",
@@ -133,4 +134,15 @@ def _engine(history: History) -> Iterator[Finding]:
                 subject=Subject(engine=log.engine),
                 since=incident.at,
                 severity=Severity.CRITICAL,
+            )
+        partitioned = [gpu for gpu in history.latest.gpus if gpu.mig.enabled is True]
+        for event in incident.having("nccl-duplicate-gpu")[:1] if partitioned else ():
+            yield Finding(
+                summary=f"two ranks were put on instances of one GPU ({names_of(history.latest, [g.uuid for g in partitioned])} "
+                "in MIG mode): to NCCL that is one GPU twice, and it refuses",
+                evidence=(Evidence(Source.ENGINE_LOG.value, event.where, event.text),),
+                subject=Subject(engine=log.engine),
+                since=incident.at,
+                severity=Severity.CRITICAL,
+                facts={"gpu-index": str(partitioned[0].index)},
             )

@@ -237,3 +237,16 @@ def test_what_is_known_of_the_engine_hides_no_refusal_to_start(story: str, tmp_p
     for files in ([log, environment], [environment, log], [both]):
         report = list(watch(evidence.read(files, now=AT), RULES, keep=3600))[-1]
         assert first_of(report) == story, [file.name for file in files]
+
+
+DUPLICATE = WORKER + "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 3b000\n"
+LISTED = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-11111111-2222-3333-4444-555555555555)\n"
+SLICES = "".join(f"  MIG 3g.40gb     Device  {n}: (UUID: MIG-{n}1111111-2222-3333-4444-555555555555)\n" for n in (0, 1))
+
+
+def test_two_ranks_on_slices_of_one_gpu_are_a_matter_of_mig(tmp_path: Path) -> None:
+    assert first_of(report_of(tmp_path, DUPLICATE + LISTED + SLICES)) == "mig-misconfigured"
+
+
+def test_two_ranks_on_one_whole_gpu_are_not(tmp_path: Path) -> None:
+    assert first_of(report_of(tmp_path, DUPLICATE + LISTED)) != "mig-misconfigured"
