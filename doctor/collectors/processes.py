@@ -40,9 +40,6 @@ STATES = {
 }  # fmt: skip
 """By the letter of /proc/PID/stat, in psutil's words (proc_pid_stat(5))."""
 
-COMM_MOST = 15
-"""The kernel cuts a process's name here: `VLLM::Worker_TP`."""
-
 
 class Process(msgspec.Struct, frozen=True, kw_only=True):
     """A process as /proc shows it to anyone."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from doctor.readers.nvidia_smi_q import is_masked, with_known_uuids
+from doctor.readers.passages import passages
 from doctor.snapshot import Absent, Gpu, Maybe, Mig, MigDevice, NvLink, Why
 
 _GPU = re.compile(r"^GPU (\d{1,4}): (.+?) \(UUID: (.*?)\)\s*$")
@@ -27,20 +28,7 @@ _CUT_LISTING = Absent(Why.NOT_GIVEN, "the listing of NVLinks is cut")
 
 def find(text: str) -> Iterator[tuple[int, int]]:
     """Yield start and end of each listing in *text*."""
-    start: int | None = None
-    position = end = 0
-    for line in text.splitlines(keepends=True):
-        plain = line.rstrip("\r\n")
-        if start is None and _GPU.match(plain):
-            start = position
-        elif start is not None and not _belongs(plain):
-            yield start, end
-            start = None
-        position += len(line)
-        if plain.strip():
-            end = position
-    if start is not None:
-        yield start, end
+    return passages(text, _GPU.match, _belongs)
 
 
 def read(text: str) -> tuple[Gpu, ...]:

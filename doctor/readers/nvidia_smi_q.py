@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from doctor.readers.passages import passages
 from doctor.snapshot import (
     Absent,
     Activity,
@@ -120,22 +121,11 @@ class _Node:
 
 def find(text: str) -> Iterator[tuple[int, int]]:
     """Yield start and end of each `-q` log in *text*, and of parts of one (`-q -d TEMPERATURE`)."""
-    start: int | None = None
-    position = end = 0
-    for line in text.splitlines(keepends=True):
-        plain = line.rstrip("\r\n")
-        if _HEADING.match(plain) or (start is None and (_GPU.match(plain) or _PART.match(plain))):
-            if start is not None:
-                yield start, end
-            start = position
-        elif start is not None and not _belongs(plain):
-            yield start, end
-            start = None
-        position += len(line)
-        if plain.strip():
-            end = position
-    if start is not None:
-        yield start, end
+    return passages(text, _begins, _belongs, divides=_HEADING.match)
+
+
+def _begins(line: str) -> bool:
+    return (_GPU.match(line) or _PART.match(line)) is not None
 
 
 def read(text: str) -> SmiReport:

@@ -16,9 +16,6 @@ from doctor.snapshot import Absent, GpuPair, Maybe, Why
 TAIL = ("CPU Affinity", "NUMA Affinity", "GPU NUMA ID")
 """The columns that are no devices, in their order; old drivers print only the first, or the first two."""
 
-WAYS = ("X", "PIX", "PXB", "PHB", "NODE", "SYS")
-"""The PCIe ways, nearest first. Before driver 390 `SYS` was called `SOC`, and `NODE` was part of it."""
-
 _DECORATION = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\[[04]m|^(?:> ?)+")
 """The underline of the header, also where a paste has lost the escape character; the marks of a quotation."""
 _GLUED = re.compile(r"(?:GPU\d+|NIC\d+|mlx\d_(?:bond_)?\d+)+", re.ASCII)
