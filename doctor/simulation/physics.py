@@ -122,8 +122,6 @@ class GpuState(msgspec.Struct):
     sw_thermal_seconds: float = 0.0
     hw_thermal_seconds: float = 0.0
     power_brake_seconds: float = 0.0
-    nvlink_bytes: float = 0.0
-    """Sent since the beginning, and as many received."""
     nvlink_bytes_per_second: float = 0.0
     pcie_bytes_per_second: float = 0.0
     limit_watts: float = 0.0
@@ -137,7 +135,7 @@ class GpuState(msgspec.Struct):
 
 
 COUNTERS = (
-    "energy_joules", "sw_power_cap_seconds", "sw_thermal_seconds", "hw_thermal_seconds", "power_brake_seconds", "nvlink_bytes",
+    "energy_joules", "sw_power_cap_seconds", "sw_thermal_seconds", "hw_thermal_seconds", "power_brake_seconds",
 )  # fmt: skip
 """What only grows."""
 
@@ -264,7 +262,6 @@ class Physics:
         gpu.gpu_celsius = settles + (gpu.gpu_celsius - settles) * gpu_decay
         memory_settles = _memory_celsius(product, watts) + watts * (resistance - product.celsius_per_watt)
         gpu.memory_celsius = memory_settles + (gpu.memory_celsius - memory_settles) * memory_decay
-        gpu.nvlink_bytes += gpu.nvlink_bytes_per_second * cell_seconds
         gpu.sw_power_cap_seconds += cell_seconds if gpu.reasons & SW_POWER_CAP else 0.0
         gpu.sw_thermal_seconds += cell_seconds if gpu.reasons & SW_THERMAL else 0.0
         gpu.hw_thermal_seconds += cell_seconds if gpu.reasons & HW_THERMAL else 0.0
