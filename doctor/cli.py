@@ -84,12 +84,12 @@ def refuse(sentence: str) -> NoReturn:
 def _refusals() -> tuple[type[Exception], ...]:
     """Return the exception of each room's seam."""
     from doctor.config import ConfigError
-    from doctor.daemon import DaemonError
+    from doctor.door.address import DoorError
     from doctor.feeds.evidence import EvidenceError
     from doctor.feeds.recording import RecordingError
     from doctor.simulation.faults import FaultError
 
-    return (ConfigError, DaemonError, EvidenceError, FaultError, RecordingError)
+    return (ConfigError, DoorError, EvidenceError, FaultError, RecordingError)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -275,12 +275,13 @@ def daemon(
 ) -> None:
     """Judge this node for ever, and serve /metrics, /healthz and /report."""
     from doctor import daemon
+    from doctor.door.address import address
 
-    site, address = _site(config), daemon.address(listen)
+    site, at = _site(config), address(listen)
     daemon.run(
         _visits(site, simulate, faults, root, interval=interval),
         _rules(site),
-        listen=address,
+        listen=at,
         interval_seconds=interval,
         keep_seconds=KEEP_SECONDS,
         version=__version__,

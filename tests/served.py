@@ -13,6 +13,7 @@ import msgspec
 import reports
 
 from doctor import daemon
+from doctor.door.address import DoorError, address
 from doctor.history import History
 from doctor.readers import runbook
 from doctor.rule import Finding, NoLimits, Severity, rule
@@ -69,10 +70,10 @@ if __name__ == "__main__":
         daemon.run(
             visits(sys.argv[1], float(sys.argv[2])),
             (lost,),
-            listen=daemon.address(sys.argv[3] if len(sys.argv) > 3 else "127.0.0.1:0"),
+            listen=address(sys.argv[3] if len(sys.argv) > 3 else "127.0.0.1:0"),
             interval_seconds=float(sys.argv[2]),
             keep_seconds=3600,
             version="0.0.0",
         )
-    except daemon.DaemonError as e:
+    except DoorError as e:
         sys.exit(str(e))

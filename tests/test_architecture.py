@@ -13,6 +13,7 @@ FLOORS = (
     ("doctor.__main__",),
     ("doctor.cli",),
     ("doctor.daemon",),
+    ("doctor.door",),
     ("doctor.diagnose", "exporters"),
     ("rules", "doctor.report", "doctor.config", "doctor.feeds"),
     ("doctor.symptoms", "doctor.rule", "doctor.collectors", "doctor.simulation"),

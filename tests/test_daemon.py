@@ -23,7 +23,9 @@ import pytest
 import reports
 from prometheus_client.parser import text_string_to_metric_families
 
-from doctor.daemon import Address, Board, Change, DaemonError, address, changes
+from doctor.daemon import Change, changes
+from doctor.door.address import Address, DoorError, address
+from doctor.door.board import Board
 from doctor.report import ReportedFinding
 from doctor.rule import Confidence, Severity
 
@@ -201,7 +203,7 @@ def test_addresses(text: str, made: Address) -> None:
 
 @pytest.mark.parametrize("text", ["", "9481", ":9481", "host:", "host:port", "host:70000", "host:-1", "host:٣"])
 def test_no_addresses(text: str) -> None:
-    with pytest.raises(DaemonError, match="no address to listen on"):
+    with pytest.raises(DoorError, match="no address to listen on"):
         address(text)
 
 
