@@ -18,6 +18,9 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
 CONFIG_BYTES = 4 << 20
 
+BESIDE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Where ModelOpt, AutoGPTQ and AutoAWQ say how they quantized, beside a config.json that says nothing."""
+
 
 class ServedModels:
     """The configuration of each engine's model."""
@@ -68,20 +71,27 @@ class ServedModels:
 
     def _read(self, engine: Engine, folder: str, text: str) -> ModelConfig | Absent:
         inside = self._inside(engine)
-        try:
-            quantization = files.text_of(files.within(inside, f"{folder}/hf_quant_config.json"), CONFIG_BYTES)
-        except OSError:
-            quantization = None
-        config = model_config.read(text, quantization)
+        config = model_config.read(text, _text_beside(inside, folder))
         if config is None:
             return Absent(Why.FAILED, f"{folder}/config.json is not a model's configuration")
         weights = _weights_bytes(inside, folder)
         return msgspec.structs.replace(
-            config, weights_bytes=weights or Absent(Why.NOT_PRESENT, f"no weight files in {folder}")
+            config,
+            path=f"{folder}/config.json",
+            weights_bytes=weights or Absent(Why.NOT_PRESENT, f"no weight files in {folder}"),
         )
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _text_beside(inside: Path, folder: str) -> str | None:
+    for name in BESIDE:
+        try:
+            return files.text_of(files.within(inside, f"{folder}/{name}"), CONFIG_BYTES)
+        except OSError:
+            continue
+    return None
 
 
 def _folders(root: Path, engine: Engine, model: str) -> Iterator[str]:

@@ -77,6 +77,7 @@ def read(text: bytes | str, quantization: bytes | str | None = None) -> ModelCon
         model_type=_word(config, "model_type"),
         dtype=_first_word(part, config, ("torch_dtype", "dtype")),
         tied_embeddings=_flag(part, config, "tie_word_embeddings"),
+        sliding_window=_sliding_window(part),
         **fields,
     )
 
@@ -105,6 +106,14 @@ def _integer(part: dict[str, object], config: dict[str, object], names: tuple[st
             if isinstance(value, list) and value and all(isinstance(v, int) for v in cast("list[object]", value)):
                 return max(cast("list[int]", value))  # a number for each layer: the largest binds
     return _NOT_THERE
+
+
+def _sliding_window(part: dict[str, object]) -> Maybe[int]:
+    """Return the window of the layers that have one; Qwen2 writes one down and turns it off."""
+    window = part.get("sliding_window")
+    if part.get("use_sliding_window") is False or isinstance(window, bool) or not isinstance(window, int):
+        return Absent(Why.NOT_PRESENT, "every layer looks back over the whole context")
+    return window
 
 
 def _flag(part: dict[str, object], config: dict[str, object], name: str) -> Maybe[bool]:

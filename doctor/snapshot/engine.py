@@ -117,8 +117,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Weights that share one scale along the input dimension (AWQ, GPTQ, INT4)."""
     quantization_ignored: Maybe[tuple[str, ...]] = NOT_ASKED
     """Modules left as they were: `ignore`, `modules_to_not_convert`, `ignored_layers`, as written (`re:` included)."""
+    sliding_window: Maybe[int] = NOT_ASKED
+    """Tokens that a layer looks back, where it does not look back over all; absent `not-present`: full attention."""
     weights_bytes: Maybe[int] = NOT_ASKED
     """Size of the weight files on disk."""
+    path: str = ""
+    """Where `config.json` lies, as the engine sees it; empty where it was pasted."""
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
