@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -99,18 +99,9 @@ def _parts(fault: Fault, there: Profile, engine: Workload) -> Iterator[Fault]:
 def _visits(drill: Drill, every: float, times: int | None, patience_seconds: float) -> Iterator[Snapshot]:
     with contextlib.ExitStack() as leaving:
         folder = Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="gpu-doctor-simulated-")))
-        engine = SimulatedEngine(drill)
-        lock = threading.Lock()  # the physics steps forward: one thread at a time
-
-        def page() -> str:
-            with lock:
-                return engine.page(time.time() - drill.started_at)
-
-        server = MetricsServer(page)
-        leaving.callback(server.close)
-        root = SimulatedRoot(folder, drill, server.port)
-        root.write()
-        life = _Life(root, server)
+        world = World(drill, folder)
+        leaving.callback(world.close)
+        life = _Life(world)
         leaving.callback(life.close)
         nvml = NvmlCollector(
             root=None,
@@ -118,19 +109,58 @@ def _visits(drill: Drill, every: float, times: int | None, patience_seconds: flo
             spec=msgspec.json.encode(drill).decode(),
             patience_seconds=patience_seconds,
         )
+        for snapshot in live.every(every, (nvml, *world.collectors), times, node=world.described):
+            yield world.as_of_its_own_root(snapshot)
+
+
+class World:
+    """All of a drill but NVML: its files under *folder*, its engine's page, and the collectors that read them.
+
+    *clock* tells Unix time; the drill's second 0 is its `started_at`.
+    """
+
+    def __init__(self, drill: Drill, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._drill = drill
+        self._folder = folder
+        self._clock = clock
+        engine = SimulatedEngine(drill)
+        lock = threading.Lock()  # the physics steps forward: one thread at a time
+
+        def page() -> str:
+            with lock:
+                return engine.page(self._seconds)
+
+        self._server = MetricsServer(page)
+        self._root = root = SimulatedRoot(folder, drill, self._server.port)
+        root.write()
         # The engine may be gone by the first visit: then only its name leads to its log, as at a real site.
         logs = () if root.absent or root.has("engine-log-missing") else (serving.LOG,)
         kernel_log = KernelLog(folder, open_file=_refused if root.has("kernel-log-denied") else os.open)
-        collectors = (nvml, *live.without_nvml(folder, logs=logs, kernel_log=kernel_log))
-        described = Node(name=f"simulated-{drill.profile}", simulated=True)
-        for snapshot in live.every(every, collectors, times, node=described):
-            yield _of_its_own_root(snapshot, folder)
+        self.collectors = live.without_nvml(folder, logs=logs, kernel_log=kernel_log)
+        self.described = Node(name=f"simulated-{drill.profile}", simulated=True)
 
+    @property
+    def _seconds(self) -> float:
+        return self._clock() - self._drill.started_at
 
-def _of_its_own_root(snapshot: Snapshot, folder: Path) -> Snapshot:
-    """Return the snapshot with paths as a process of the simulated node would write them."""
-    told = msgspec.json.encode(snapshot)
-    return msgspec.json.decode(told.replace(str(folder).encode(), b""), type=Snapshot)
+    def advance(self) -> None:
+        """Bring files and page up to the clock."""
+        seconds = self._seconds
+        self._root.advance(seconds)
+        ready = self._drill.engine.started_seconds + READY_SECONDS <= seconds < self._drill.engine_ends_seconds
+        if ready and not self._root.absent and self._drill.active("metrics-down", seconds) is None:
+            self._server.open()
+        else:
+            self._server.close()
+
+    def as_of_its_own_root(self, snapshot: Snapshot) -> Snapshot:
+        """Return the snapshot with paths as a process of the simulated node would write them."""
+        told = msgspec.json.encode(snapshot)
+        return msgspec.json.decode(told.replace(str(self._folder).encode(), b""), type=Snapshot)
+
+    def close(self) -> None:
+        """Take the page down; the files are its owner's."""
+        self._server.close()
 
 
 def _refused(path: str, flags: int) -> int:  # noqa: ARG001 - as os.open
@@ -140,31 +170,19 @@ def _refused(path: str, flags: int) -> int:  # noqa: ARG001 - as os.open
 
 
 class _Life:
-    """The node's time: a thread that keeps its files and its page up with the clock."""
+    """The drill's time: a thread that keeps its world up with the clock."""
 
-    def __init__(self, root: SimulatedRoot, server: MetricsServer) -> None:
-        self._root = root
-        self._server = server
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._pass, name="simulated-node", daemon=True)
-        self._tell()
+        world.advance()
         self._thread.start()
 
     def _pass(self) -> None:
         while not self._over.wait(TICK_SECONDS):
             with contextlib.suppress(OSError):  # no space left, or its port was taken: it stays as it is
-                self._tell()
-
-    def _tell(self) -> None:
-        drill = self._root.drill
-        seconds = time.time() - drill.started_at
-        self._root.advance(seconds)
-        engine = drill.engine
-        ready = engine.started_seconds + READY_SECONDS <= seconds < drill.engine_ends_seconds
-        if ready and not self._root.absent and drill.active("metrics-down", seconds) is None:
-            self._server.open()
-        else:
-            self._server.close()
+                self._world.advance()
 
     def close(self) -> None:
         """Stop the time."""
