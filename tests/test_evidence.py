@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from doctor.feeds import evidence, recording
-from doctor.snapshot import Snapshot, Source, Why, Xid, known
+from doctor.snapshot import OF_A_NODE, Snapshot, Source, Why, Xid, known
 
 NOW = 1795246600.0
 
@@ -145,7 +145,7 @@ def test_everything_together_is_one_node(folder: Folder) -> None:
 def test_what_was_not_given_is_said_to_be_not_given(folder: Folder) -> None:
     visit = folder.visit(LOG)
     assert visit.seen == (Source.ENGINE_LOG,)
-    for source in set(Source) - {Source.ENGINE_LOG}:
+    for source in set(OF_A_NODE) - {Source.ENGINE_LOG}:
         why = visit.why_unseen(source)
         assert why is not None
         assert why.why is Why.NOT_GIVEN

@@ -12,6 +12,7 @@ import pytest
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
 from doctor.feeds import live
 from doctor.snapshot import (
+    OF_A_NODE,
     Absent,
     Engine,
     EngineEvent,
@@ -250,6 +251,6 @@ def test_whoever_stops_listening_closes_them_too() -> None:
 
 def test_the_default_collectors_are_one_for_each_source() -> None:
     collectors = live.collectors()
-    assert sorted(c.source.value for c in collectors) == sorted(source.value for source in Source)
+    assert sorted(c.source.value for c in collectors) == sorted(source.value for source in OF_A_NODE)
     for collector in collectors:
         collector.close()

@@ -36,6 +36,7 @@ from doctor.readers import (
 )
 from doctor.readers.vllm_log import LogReader
 from doctor.snapshot import (
+    OF_A_NODE,
     Absent,
     Engine,
     EngineEvent,
@@ -563,7 +564,7 @@ class _Gathered:
         seen = self._seen()
         return Snapshot(
             at=at,
-            seen=tuple(source for source in Source if source in seen),
+            seen=tuple(source for source in OF_A_NODE if source in seen),
             unseen=self._unseen(seen),
             gpus=gpus,
             pairs=self._pairs(gpus),
@@ -674,7 +675,7 @@ class _Gathered:
         return seen
 
     def _unseen(self, seen: set[Source]) -> tuple[Unseen, ...]:
-        unseen = [Unseen(source, self._why_unseen(source)) for source in Source if source not in seen]
+        unseen = [Unseen(source, self._why_unseen(source)) for source in OF_A_NODE if source not in seen]
         if Source.NVML in seen and "smi-q" not in self.kinds:
             unseen.append(Unseen(Source.NVML, Absent(Why.NOT_GIVEN, "add nvidia-smi -q"), "most states of the GPUs"))
         if Source.HOST in seen:

@@ -51,7 +51,8 @@ from doctor.snapshot.host import (
     Stack,
 )
 from doctor.snapshot.kernel import HostMessage, KernelEvent, NvidiaMessage, OomKill, Sxid, Xid
-from doctor.snapshot.source import CollectorRun, Source, Unseen
+from doctor.snapshot.recorder import Position, Recorder
+from doctor.snapshot.source import OF_A_NODE, CollectorRun, Source, Unseen
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -78,6 +79,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stack: Stack = Stack()
     fabric_manager: FabricManager = FabricManager()
     host: Host = Host()
+    recorder: Recorder = Recorder()
+    positions: tuple[Position, ...] = ()
+    """How far the logs were read; a source that did not answer in time has none."""
 
     def gpu(self, uuid: str) -> Gpu | None:
         """Return the GPU with this UUID, or None."""
@@ -94,6 +98,7 @@ __all__ = [
     "EVENT_REASONS",
     "NOT_ASKED",
     "NOT_GIVEN",
+    "OF_A_NODE",
     "Absent",
     "Activity",
     "BlockedTask",
@@ -130,8 +135,10 @@ __all__ = [
     "OomKill",
     "PciDevice",
     "Pcie",
+    "Position",
     "Power",
     "Rank",
+    "Recorder",
     "Sample",
     "SharedMemory",
     "Snapshot",

@@ -10,7 +10,7 @@ from doctor.snapshot.absence import Absent
 
 
 class Source(enum.Enum):
-    """One place that a visit looks at; each has one collector in a live visit."""
+    """One place that a visit looks at; each of a node has one collector in a live visit."""
 
     NVML = "nvml"
     KERNEL_LOG = "kernel-log"
@@ -21,6 +21,12 @@ class Source(enum.Enum):
     MODEL = "model"
     FABRIC_MANAGER = "fabric-manager"
     HOST = "host"
+    RECORDER = "recorder"
+    """gpu-doctor's own flight recorder, where visits are read from it."""
+
+
+OF_A_NODE = tuple(source for source in Source if source is not Source.RECORDER)
+"""The sources that a visit of a node looks at."""
 
 
 class Unseen(msgspec.Struct, frozen=True):
