@@ -207,6 +207,8 @@ _PART = re.compile(r"(DP|PP|PCP|TP|DCP|EP)(\d+)")
 _CUT_ROLES = ("EngineCor", "DPEngineC", "Worker")
 """What is left of the roles in a name that the kernel has cut, with the usual prefix."""
 
+_CORES = ("EngineCore", "DPEngineCore", "EngineCor", "DPEngineC")
+
 
 class _Title(msgspec.Struct, frozen=True):
     """A process title of vLLM, taken apart."""
@@ -301,6 +303,14 @@ def _ranks(found: _Found, flags: EngineFlags) -> tuple[Rank, ...]:
 
     ranks = [_rank(process, number(title)) for process, title in workers]
     return tuple(sorted(ranks, key=lambda rank: (rank.rank if known(rank.rank) else 1 << 30, rank.pid)))
+
+
+def _cores(found: _Found) -> tuple[Rank, ...]:
+    """Return the engine cores that have workers of their own."""
+    titled = [(process, title) for process in (found.front, *found.family) if (title := _title_of(process))]
+    if not any(title.works for _, title in titled):
+        return ()
+    return tuple(_rank(process, NOT_ASKED) for process, title in titled if title.role in _CORES and not title.works)
 
 
 def _rank(process: Process, number: Maybe[int]) -> Rank:
@@ -434,6 +444,7 @@ class Processes:
             environment=environment,
             flags=flags,
             ranks=_ranks(found, flags) if found.kind == "vllm" else (),
+            cores=_cores(found) if found.kind == "vllm" else (),
             visible_gpus=visible,
             unit=unit,
             container=container,

@@ -139,6 +139,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Only CUDA_*, NVIDIA_*, NCCL_*, TORCH_*, PYTORCH_*, VLLM_*, HF_*; secrets replaced."""
     flags: EngineFlags = EngineFlags()
     ranks: tuple[Rank, ...] = ()
+    cores: tuple[Rank, ...] = ()
+    """vLLM's engine cores, which schedule for the workers; without a rank's number. Empty where the core is the worker."""
     visible_gpus: Maybe[tuple[str, ...]] = NOT_ASKED
     """UUIDs of the GPUs that it may use."""
     unit: Maybe[str] = NOT_ASKED
