@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
@@ -29,15 +30,17 @@ FAULTS = {
 APPLICATION_XIDS = codes_of("application-fault")
 """NVIDIA's Xid catalogue says that each is most often the application's, and asks to look at the application first."""
 
-MEMORY_XIDS = (48, 94, 95)
-"""Uncorrectable memory errors (NVIDIA's Xid catalogue): beside one of these, the fault is the GPU's."""
+MEMORY_XIDS = codes_of("gpu-memory-faulty") - {156, 157}
+"""Uncorrectable memory errors: beside one of these, the fault is the GPU's. A part that was retired is no error."""
 
 
 class Limits(msgspec.Struct, frozen=True):
     """When an application's fault points to the GPU."""
 
     suspect_count: int = 2
-    """So many application Xids on one GPU within the history's reach (a day at most) point to that GPU."""
+    """The same application Xid so many times on one GPU, and on no other, points to that GPU (NVSentinel: 31, twice in 24 h)."""
+    suspect_seconds: float = 86400.0
+    """Within this time, or what of it the history holds."""
     near_seconds: float = 300.0
     """How far from the engine's error an Xid may stand and be the same fault; guess: logs are buffered, stamps are coarse."""
 
@@ -116,11 +119,19 @@ def _where(cause: EngineEvent) -> str:
 
 
 def _suspect(xids: list[XidEvent], limits: Limits) -> str:
-    """Say that one GPU faults again and again, where it does: the application would fault on others too."""
-    addresses = [xid.pci_address for xid in xids]
-    for address in dict.fromkeys(addresses):
-        if addresses.count(address) >= limits.suspect_count and len(set(addresses)) == 1:
-            return f"{addresses.count(address)} such faults on the GPU at {address} and on no other: suspect that GPU"
+    """Say whom the faults point to: one GPU where the same comes again on it alone, the application where it wanders.
+
+    A fault prints several codes (13, then 43): only the same code, another burst, is another fault.
+    """
+    newest = max((xid.at for xid in xids if xid.at is not None), default=0.0)
+    recent = [xid for xid in xids if xid.at is None or xid.at >= newest - limits.suspect_seconds]
+    addresses = dict.fromkeys(xid.pci_address for xid in recent)
+    if len(addresses) > 1:
+        return f"such faults on {len(addresses)} GPUs: suspect the application"
+    for address in addresses:
+        often = max(Counter(xid.code for xid in recent).values())
+        if often >= limits.suspect_count:
+            return f"{often} such faults on the GPU at {address} and on no other: suspect that GPU"
     return ""
 
 

@@ -12,7 +12,7 @@ from doctor.snapshot import Gpu, Source, known
 from doctor.symptoms.draw import limit_of
 from doctor.symptoms.engine_groups import engine_of_gpu, rank_groups
 from doctor.symptoms.names import gpu_at, name_at, name_of
-from doctor.symptoms.xids import answered_since, xid_events
+from doctor.symptoms.xids import answered_since, was_recovered, xid_events
 from rules.tables.xids import XIDS, codes_of
 
 HANGS = codes_of("gpu-hung")
@@ -49,8 +49,14 @@ class Limits(msgspec.Struct, frozen=True):
 def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     """Take the driver's word; without one, a GPU alone among its ranks that is busy for a minute and draws nothing."""
     events = [e for e in xid_events(history) if e.code in HANGS]
-    over = {e for e in events if e.code in SILENCES and answered_since(history, e.pci_address, e.last_at)}
-    events = [e for e in events if e not in over or history.now - (e.at or history.now) <= limits.recovered_seconds]
+    over = {
+        e
+        for e in events
+        if was_recovered(history, e) or (e.code in SILENCES and answered_since(history, e.pci_address, e.last_at))
+    }
+    events = [
+        e for e in events if e not in over or history.now - (e.last_at or history.now) <= limits.recovered_seconds
+    ]
     for pci_address in dict.fromkeys(event.pci_address for event in events):
         mine = [event for event in events if event.pci_address == pci_address]
         gpu = gpu_at(history.latest, pci_address)

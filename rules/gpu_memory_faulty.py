@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from doctor.history import History
-from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, facts_of_gpu, rule
+from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, facts_of_gpu, rule
 from doctor.snapshot import Gpu, Source
 from doctor.symptoms.engine_log import incidents
 from doctor.symptoms.names import name_of
-from doctor.symptoms.xids import XidEvent, xid_events
+from doctor.symptoms.xids import XidEvent, was_recovered, xid_events
+from rules.tables.xids import XIDS, codes_of
 
-UNCORRECTABLE_XIDS = (48, 94, 95, 140)
-"""Double-bit error, contained and uncontained error, unrecovered ECC error (NVIDIA's Xid catalogue). 63 alone is a repair
-that succeeded."""
-FAILED_REPAIR_XID = 64
+FAULTS = codes_of("gpu-memory-faulty")
+"""Without 63, which alone is a repair that succeeded."""
 
-CONTAINED_XID = 94
-"""It ended the application that met the error and no other; NVIDIA's action is to restart that application (`xid.toml`)."""
+MILD_XIDS = frozenset({94, 156, 157})
+"""94 ended the application that met the error and no other; a retired part (156, 157) is out of use, and the rest works
+(NVIDIA's Xid catalogue)."""
 
-_BESIDE_CONTAINED = frozenset({"ECC: volatile uncorrected", "row remapper: pending"})
+
+class Limits(msgspec.Struct, frozen=True):
+    """How long the past is told."""
+
+    recovered_seconds: float = 900.0
+    """An error after which the driver asks for nothing any more is told this long, as a warning. guess: as for a lost GPU."""
+
+
+_BESIDE_MILD = frozenset({"ECC: volatile uncorrected", "row remapper: pending"})
 """What a contained error leaves in the GPU's own counters."""
 
 
@@ -29,26 +39,28 @@ _BESIDE_CONTAINED = frozenset({"ECC: volatile uncorrected", "row remapper: pendi
     severity=Severity.CRITICAL,
     needs=(Source.NVML, Source.KERNEL_LOG),
     explains=("application-fault", "nccl-timeout", "engine-crashed", "engine-stalled", "worker-killed"),
-    limits=NoLimits(),
+    limits=Limits(),
 )
-def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
+def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     """Join the GPU's own counters of this driver load, the kernel's Xids and the engine's word; corrected errors are none."""
-    xids = [e for e in xid_events(history) if e.code in (*UNCORRECTABLE_XIDS, FAILED_REPAIR_XID)]
+    xids = [e for e in xid_events(history) if e.code in FAULTS]
+    over = {e for e in xids if was_recovered(history, e)}
+    xids = [e for e in xids if e not in over or history.now - (e.last_at or history.now) <= limits.recovered_seconds]
     told: set[str] = set()
     for gpu in history.latest.gpus:
         mine = [xid for xid in xids if xid.pci_address == gpu.pci_address]
         words = _words(gpu)
         if mine or words:
             told |= {xid.pci_address for xid in mine}
-            yield _finding(gpu, mine, words)
+            yield _finding(gpu, mine, words, over)
     for xid in xids:
         if xid.pci_address not in told:
             told.add(xid.pci_address)
             mine = [other for other in xids if other.pci_address == xid.pci_address]
             yield Finding(
-                summary=f"The GPU at {xid.pci_address} reported an uncorrectable memory error (Xid {xid.code})",
-                evidence=(Evidence(Source.KERNEL_LOG.value, xid.first.where, xid.first.text),),
-                severity=Severity.WARNING if _is_contained(mine, []) else Severity.CRITICAL,
+                summary=f"The GPU at {xid.pci_address}: {XIDS[xid.code].words} (Xid {xid.code})",
+                evidence=tuple(Evidence(Source.KERNEL_LOG.value, e.first.where, e.first.text) for e in mine[:3]),
+                severity=Severity.WARNING if _is_mild(mine, [], over) else Severity.CRITICAL,
                 since=xid.at,
                 facts={"pci-address": xid.pci_address},
             )
@@ -72,26 +84,28 @@ def _words(gpu: Gpu) -> list[tuple[str, str]]:
     return [(words, field) for holds, words, field in said if holds]
 
 
-def _finding(gpu: Gpu, xids: list[XidEvent], words: list[tuple[str, str]]) -> Finding:
+def _finding(gpu: Gpu, xids: list[XidEvent], words: list[tuple[str, str]], over: set[XidEvent]) -> Finding:
     pci_address = gpu.pci_address if isinstance(gpu.pci_address, str) else None
-    parts = [text for text, _ in words] + [f"Xid {xid.code}" for xid in xids[:3]]
+    parts = [text for text, _ in words] + [f"{XIDS[xid.code].words} (Xid {xid.code})" for xid in xids[:3]]
     only_pending = not xids and [field for _, field in words] == ["row remapper: pending"]
+    again = "; the driver asks for nothing any more" if xids and not words and over.issuperset(xids) else ""
     return Finding(
-        summary=f"{name_of(gpu)}: {'; '.join(parts)}",
+        summary=f"{name_of(gpu)}: {'; '.join(parts)}{again}",
         evidence=(
             *(Evidence(Source.KERNEL_LOG.value, xid.first.where, xid.first.text) for xid in xids[:3]),
             *(Evidence(Source.NVML.value, f"GPU {gpu.index}: {field}", text) for text, field in words),
         ),
-        severity=Severity.WARNING if only_pending or _is_contained(xids, words) else Severity.CRITICAL,
+        severity=Severity.WARNING if only_pending or _is_mild(xids, words, over) else Severity.CRITICAL,
         subject=Subject(gpus=(gpu.uuid,)),
         since=min((xid.at for xid in xids if xid.at is not None), default=None),
         facts=dict(facts_of_gpu(gpu.index, pci_address, gpu.uuid)),
     )
 
 
-def _is_contained(xids: list[XidEvent], words: list[tuple[str, str]]) -> bool:
-    """Whether every error was contained, and the GPU says nothing worse."""
-    return {xid.code for xid in xids} == {CONTAINED_XID} and {field for _, field in words} <= _BESIDE_CONTAINED
+def _is_mild(xids: list[XidEvent], words: list[tuple[str, str]], over: set[XidEvent]) -> bool:
+    """Whether every error was contained or is over, and the GPU says nothing worse."""
+    mild = bool(xids) and all(xid.code in MILD_XIDS or xid in over for xid in xids)
+    return mild and {field for _, field in words} <= _BESIDE_MILD
 
 
 def _engine_says_so(history: History) -> Iterator[Finding]:

@@ -11,8 +11,10 @@ from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, facts_
 from doctor.snapshot import Gpu, Maybe, NvLink, Source, known
 from doctor.symptoms.growth import link_growth, moved_links
 from doctor.symptoms.names import gpu_at, listed, name_at, name_of
-from doctor.symptoms.xids import XidEvent, xid_events
+from doctor.symptoms.xids import XidEvent, was_recovered, xid_events
 from rules.tables.xids import XIDS, codes_of
+
+FAULTS = codes_of("nvlink-errors")
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -55,7 +57,11 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
                 ),
                 facts=dict(facts_of_gpu(gpu.index, None, gpu.uuid)),
             )
-    events = [e for e in xid_events(history) if e.code in codes_of("nvlink-errors") and e.first.severity != "non-fatal"]
+    events = [
+        event
+        for event in xid_events(history)
+        if event.code in FAULTS and event.first.severity != "non-fatal" and not was_recovered(history, event)
+    ]
     for pci_address in dict.fromkeys(event.pci_address for event in events):
         yield _by_xid(history, pci_address, [event for event in events if event.pci_address == pci_address])
 

@@ -8,11 +8,9 @@ from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, facts_of_gpu, rule
 from doctor.snapshot import Source
 from doctor.symptoms.names import gpu_at, name_at
-from doctor.symptoms.xids import XidEvent, xid_events
+from doctor.symptoms.xids import XidEvent, was_recovered, xid_events
 from rules.tables.xids import XIDS
 
-MILD = frozenset({"", "ignore", "see-previous", "restart-app"})
-"""Actions that ask nothing of the node. A code without one is not therefore grave."""
 UNKNOWN_MEANING = "no source that we know explains it"
 
 
@@ -25,7 +23,11 @@ UNKNOWN_MEANING = "no source that we know explains it"
 )
 def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
     """Give NVIDIA's meaning and action for each code that belongs to no failure mode, and say who disagrees."""
-    others = [e for e in xid_events(history) if e.code not in XIDS or not XIDS[e.code].judged_by]
+    others = [
+        event
+        for event in xid_events(history)
+        if (event.code not in XIDS or not XIDS[event.code].judged_by) and not was_recovered(history, event)
+    ]
     for key in dict.fromkeys((event.pci_address, event.code) for event in others):
         yield _finding(history, [e for e in others if (e.pci_address, e.code) == key])
 
@@ -33,8 +35,10 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
 def _finding(history: History, events: list[XidEvent]) -> Finding:
     first = events[0]
     row = XIDS.get(first.code)
-    meaning = (row.words if row and row.meaning else row.symbol if row else "") or UNKNOWN_MEANING
+    meaning = (row.words if row and row.meaning else row.name if row else "") or UNKNOWN_MEANING
     action = f"; NVIDIA's action: {row.action.replace('-', ' ')}" if row and row.action else ""
+    if row is not None and row.applies == ():
+        action = "; NVIDIA calls the code unused"
     differ = f" ({row.differ})" if row and row.differ else ""
     times = sum(event.count for event in events)
     gpu = gpu_at(history.latest, first.pci_address)
@@ -43,7 +47,7 @@ def _finding(history: History, events: list[XidEvent]) -> Finding:
         f"{f', {times} times' if times > 1 else ''}: {meaning}{action}{differ}",
         evidence=tuple(Evidence(Source.KERNEL_LOG.value, e.first.where, e.first.text) for e in events[:3]),
         confidence=Confidence.MEDIUM,
-        severity=Severity.NOTICE if row is None or row.action in MILD else None,
+        severity=Severity.NOTICE if row is None or row.is_mild else None,
         subject=Subject(gpus=(gpu.uuid,) if gpu else ()),
         since=first.at,
         facts=dict(facts_of_gpu(gpu.index, first.pci_address, gpu.uuid)) if gpu else {"pci-address": first.pci_address},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import msgspec
 
 from doctor.history import History, measured_once
@@ -44,6 +42,7 @@ class XidEvent(msgspec.Struct, frozen=True, kw_only=True):
         return self.first.at
 
 
+@measured_once
 def of_this_boot(history: History) -> tuple[KernelEvent, ...]:
     """Return the kernel events since the node booted and the driver was last loaded, in the order seen."""
     booted_at = history.latest.node.booted_at
@@ -66,35 +65,91 @@ def _starts_anew(event: KernelEvent) -> bool:
 @measured_once
 def xid_events(history: History) -> tuple[XidEvent, ...]:
     """Return the Xid events of this boot and driver load, in the order seen, without shadows (45 after another)."""
-    return tuple(_grouped(x for x in of_this_boot(history) if isinstance(x, Xid)))
+    grouping = _Grouping()
+    for event in of_this_boot(history):
+        if isinstance(event, Xid):
+            grouping.take(event)
+    return tuple(grouping.events)
 
 
-def _grouped(xids: Iterable[Xid]) -> list[XidEvent]:
-    events: list[XidEvent] = []
-    for xid in xids:
-        if xid.code == 45 and xid.caused_by is not None and not any(e.pci_address == xid.pci_address for e in events):
-            continue  # its cause stood in a part of the log that nobody has
-        mine = next((i for i in reversed(range(len(events))) if _belongs(xid, events[i])), None)
-        if mine is None:
-            events.append(XidEvent(first=xid, last_at=xid.at))
-            continue
-        event = events[mine]
-        shadow = xid.code == 45 and event.code != 45
-        events[mine] = msgspec.structs.replace(
-            event,
-            count=event.count + (not shadow),
-            shadows=event.shadows + shadow,
-            last_at=event.last_at if shadow or xid.at is None else xid.at,
-        )
-    return events
+class _Grouping:
+    """Makes events of Xid lines, in time that grows with the lines and not with their square."""
+
+    def __init__(self) -> None:
+        self.events: list[XidEvent] = []
+        self._by_code: dict[tuple[str, int], int] = {}
+        """Index of the last event of a code on a GPU."""
+        self._by_gpu: dict[str, tuple[int, float | None]] = {}
+        """Index of the event that a GPU's last line belongs to, shadows included, and that line's time."""
+        self._last: tuple[int, float | None] | None = None
+        """The same of the node, of causes and their shadows only."""
+
+    def take(self, xid: Xid) -> None:
+        """Add a line to the event that it belongs to, or begin one."""
+        cause = self._cause(xid) if xid.code == 45 else None
+        if cause is not None:
+            self._shadow(cause, xid)
+            return
+        if xid.code == 45 and xid.caused_by is not None:
+            return  # its cause stood in a part of the log that nobody has
+        mine = self._by_code.get((xid.pci_address, xid.code))
+        if mine is not None and _is_near(xid.at, self.events[mine].last_at):
+            event = self.events[mine]
+            last_at = event.last_at if xid.at is None else xid.at
+            self.events[mine] = msgspec.structs.replace(event, count=event.count + 1, last_at=last_at)
+        else:
+            mine = len(self.events)
+            self.events.append(XidEvent(first=xid, last_at=xid.at))
+        self._by_code[xid.pci_address, xid.code] = mine
+        self._by_gpu[xid.pci_address] = mine, xid.at
+        if xid.code != 45:
+            self._last = mine, xid.at
+
+    def _cause(self, shadow: Xid) -> int | None:
+        """Return the event that an Xid 45 cleans up after: the one that it names, its GPU's last, or the node's.
+
+        An engine has a process on each of its GPUs: what one of them dies of is cleaned up on all.
+        """
+        if shadow.caused_by is not None:
+            named = self._by_code.get((shadow.pci_address, shadow.caused_by))
+            if named is not None:
+                return named
+        for last in (self._by_gpu.get(shadow.pci_address), self._last):
+            if last is not None and self.events[last[0]].code != 45 and _is_near(shadow.at, last[1]):
+                return last[0]
+        return None
+
+    def _shadow(self, cause: int, xid: Xid) -> None:
+        event = self.events[cause]
+        self.events[cause] = msgspec.structs.replace(event, shadows=event.shadows + 1)
+        self._by_gpu[xid.pci_address] = self._last = cause, xid.at
 
 
-def _belongs(xid: Xid, event: XidEvent) -> bool:
-    if xid.pci_address != event.pci_address or (xid.code not in (event.code, 45)):
-        return False
-    if xid.at is None or event.last_at is None:
+def _is_near(one: float | None, other: float | None) -> bool:
+    return one is None or other is None or abs(one - other) <= BURST_SECONDS
+
+
+def was_recovered(history: History, event: XidEvent) -> bool:
+    """Whether the driver asked for a reset or a reboot after this event, and has taken that back: the GPU was reset.
+
+    A driver that never asked has taken nothing back: its "none" clears nobody.
+    """
+    lines = [e for e in of_this_boot(history) if isinstance(e, Xid) and e.pci_address == event.pci_address]
+    ours = max((i for i, line in enumerate(lines) if line.code == event.code), default=-1)
+    changes = [line for line in lines[ours + 1 :] if line.code == 154 and line.recovery_action is not None]
+    if changes and changes[-1].recovery_action == "none":
         return True
-    return abs(xid.at - event.last_at) <= BURST_SECONDS
+    words = [
+        (snapshot.at, gpu.recovery_action)
+        for snapshot in history.snapshots
+        for gpu in snapshot.gpus
+        if gpu.pci_address == event.pci_address and known(gpu.recovery_action)
+    ]
+    if event.last_at is None or not words or words[-1][1] != "none":
+        return False
+    asked = [at for at, word in words if word != "none" and at >= event.last_at]
+    asked += [change.at for change in changes if change.at is not None]
+    return bool(asked) and history.now >= max(asked) + AGAIN_SECONDS
 
 
 def answered_since(history: History, pci_address: str, at: float | None) -> bool:

@@ -11,23 +11,30 @@ from doctor.snapshot import Sxid
 
 
 class SxidCode(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One SXid code."""
+    """One SXid code. `SXID_SOURCES` tells where each column comes from; an empty cell: its source is silent."""
 
     code: int
     symbol: str = ""
-    """The driver's own name for it."""
     meaning: str = ""
-    weight: Literal["always-fatal", "may-be-fatal", "benign", "note"]
+    weight: Literal["always-fatal", "may-be-fatal", "non-fatal", "benign", "note", ""] = ""
+    recovery: str = ""
+    """What NVIDIA asks for: `restart-host`, `restart-vm`, `reset-all`, `none`, …"""
+    gpud: str = ""
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    sources: dict[str, str]
     sxid: tuple[SxidCode, ...]
 
 
 _TOML = resources.files(__package__ or "rules.tables").joinpath("sxid.toml").read_bytes()
+_TABLE = msgspec.toml.decode(_TOML, type=_Table)
 
-SXIDS = {row.code: row for row in msgspec.toml.decode(_TOML, type=_Table).sxid}
+SXIDS = {row.code: row for row in _TABLE.sxid}
 """By code."""
+
+SXID_SOURCES = _TABLE.sources
+"""By column of the table."""
 
 
 def is_fatal(sxid: Sxid) -> bool:
