@@ -40,7 +40,6 @@ KINDS_TOLD_BY_OTHERS = {
             "driver-too-old",
             "no-driver",
             "peer-unsupported",
-            "ecc",
         }
     ),
     "nvml-error": frozenset({"driver-library-mismatch", "not-loaded", "library-not-found"}),

@@ -15,6 +15,7 @@ from doctor.feeds import simulated
 from doctor.simulation.faults import HOST_KINDS, FaultError
 from doctor.simulation.profiles import PROFILES
 from doctor.snapshot import OomKill, Snapshot, Source, Sxid, Why, Xid, known
+from doctor.snapshot.source import OF_A_NODE
 
 
 def visits(profile: str, *faults: str, times: int = 1, every: float = 0.2) -> list[Snapshot]:
@@ -38,7 +39,7 @@ def kinds_of_cuda_error(snapshot: Snapshot) -> set[object]:
 def test_of_a_healthy_node_every_source_is_seen(name: str) -> None:
     profile = PROFILES[name]
     first, second = visits(name, times=2)
-    assert set(second.seen) == set(Source)
+    assert set(second.seen) == set(OF_A_NODE)
     assert second.unseen == ()
     assert second.node.simulated
     (engine,) = second.engines
@@ -206,7 +207,7 @@ def test_an_idle_engine_serves_nobody() -> None:
     first, second = visits("dgx-h100-4of8", "idle", times=2, every=0.4)
     assert second.metrics[0].running == 0
     assert first.metrics[0].generation_tokens_total == second.metrics[0].generation_tokens_total
-    assert set(second.seen) == set(Source)
+    assert set(second.seen) == set(OF_A_NODE)
 
 
 def test_no_drill_shows_the_secret_in_its_environment() -> None:
@@ -238,6 +239,11 @@ def test_every_fault_is_one_that_a_drill_can_have(fault: str) -> None:
         "application-fault": ":gpu=0",
         "xid": ":code=94,gpu=0",
         "sxid": ":code=20034",
+        "rank-stopped": ":rank=1",
+        "rank-blocked": ":rank=1",
+        "kernel-hung": ":gpu=1",
+        "gpu-memory-fault": ":gpu=1",
+        "gpu-memory-held": ":gpu=1",
     }
     assert simulated.drill_of("hgx-a100-8", (fault + parameters.get(fault, ""),)).faults
 

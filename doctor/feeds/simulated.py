@@ -78,13 +78,25 @@ def _parts(fault: Fault, there: Profile, engine: Workload) -> Iterator[Fault]:
         begins = fault.start_seconds if start is None else start
         return Fault(name=name, params=params, start_seconds=begins, end_seconds=fault.end_seconds)
 
-    if fault.name == "nccl-timeout":
+    if fault.name in {"nccl-timeout", "rank-stopped", "rank-blocked"}:
         gpu = engine.gpus[int(fault.params["rank"])]
         fault = msgspec.structs.replace(fault, params=fault.params | {"gpu": gpu})
     elif fault.name == "engine-stalled" and fault.params["kind"] == "collective":
         yield also("gpu-idle", gpu=engine.gpus[-1])
     elif fault.name == "engine-stalled" and fault.params["kind"] == "software":
         yield from (also("gpu-idle", gpu=gpu) for gpu in engine.gpus)
+    elif fault.name == "kernel-hung":
+        yield from (also("gpu-idle", gpu=gpu) for gpu in engine.gpus if gpu != fault.params["gpu"])
+    elif fault.name == "gpu-memory-fault":
+        yield also("ecc-uncorrected", gpu=fault.params["gpu"], count=1)
+        yield also("remap-pending", gpu=fault.params["gpu"])
+        yield also("recovery-action", gpu=fault.params["gpu"], action="reset")
+    elif fault.name == "gpu-memory-held":
+        yield also(
+            "foreign-process", start=engine.started_seconds - 3600, gpu=fault.params["gpu"], gib=fault.params["gib"]
+        )
+    elif fault.name == "fabric-manager-dead-at-start":
+        yield also("fabric-manager-dead", start=engine.started_seconds - 600)
     elif fault.name == "driver-too-old":
         yield also("driver-old", branch=550)
     elif fault.name == "fabric-manager-version" and there.fabric:

@@ -14,17 +14,28 @@ from doctor.simulation import serving
 from doctor.simulation.physics import BEGIN_SECONDS, Drill, Physics
 from doctor.simulation.script import READY_SECONDS
 
-STOPPING = ("gpu-lost", "nccl-timeout", "engine-stalled")
-"""Faults in which requests go on running while no step advances."""
-
 TOKEN_SECONDS = 0.025
 """guess: a step of a well-filled batch of a 70B model on four H100."""
+MEMORY_SHARE = 0.5
+"""Of a step, which waits for the memory, whose clock heat leaves alone; the rest goes with the GPU's. guess."""
+FIRST_SECONDS, PREFILL_SECONDS, QUEUE_SECONDS = 0.18, 0.16, 0.01
+"""To the first token, at full clock: all of it goes with the clock."""
+PCIE_FACTOR = 2.5
+"""Of a step, where four ranks or more reduce over PCIe through the host's memory. guess."""
 SINGLE_TOKEN_SECONDS = 0.032
 """guess: a single stream whose all-reduces wait for each other."""
 MEAN_LOAD = 0.75
 """Of `physics.load`."""
 PROMPT_TOKENS, ANSWER_TOKENS = 800.0, 250.0
 HIT_RATE = 0.412
+
+
+class Stretch(msgspec.Struct, frozen=True):
+    """What the engine has done at one pace."""
+
+    requests: float
+    token_seconds: float
+    clock: float
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -34,10 +45,9 @@ class Work(msgspec.Struct, frozen=True):
     steps: float
     generated: float
     prompted: float
-    finished: float
-    token_seconds: float
     used: float
     """Of the KV cache, 0 to 1."""
+    stretches: tuple[Stretch, ...]
 
 
 class SimulatedEngine:
@@ -47,36 +57,35 @@ class SimulatedEngine:
         self.drill = drill
         self._physics = Physics(drill)
         self._single = any(fault.name == "single-stream" for fault in drill.faults)
-        halts = [fault.start_seconds for fault in drill.faults if fault.name in (*STOPPING, "idle")]
-        self._halts = min(halts, default=math.inf)
-        self._idle = any(fault.name == "idle" for fault in drill.faults)
+        slow = serving.reduces_over_pcie(drill) and drill.engine.tensor_parallel_size > 2
+        self._step_seconds = (SINGLE_TOKEN_SECONDS if self._single else TOKEN_SECONDS) * (PCIE_FACTOR if slow else 1.0)
+        self._streams = 1 if self._single else drill.engine.requests
 
     def at(self, seconds: float) -> Work:
         """Return what is done by then."""
-        until = min(seconds, self._halts)
-        state = self._physics.at(until)
+        state = self._physics.at(seconds)
         # Before the physics begins the engine has served since it was ready, at its mean load.
-        before = max(0.0, min(until, BEGIN_SECONDS) - self.drill.engine.started_seconds - READY_SECONDS)
-        served = before * MEAN_LOAD + state.work_seconds
+        before = max(0.0, min(seconds, BEGIN_SECONDS) - self.drill.engine.started_seconds - READY_SECONDS)
+        done = {1.0: before * MEAN_LOAD}
+        for clock, served in state.work_seconds.items():
+            done[clock] = done.get(clock, 0.0) + served
         running = round(self.drill.engine.requests * state.load)
-        if self._idle and seconds >= self._halts:
-            running = 0
-        token_seconds = TOKEN_SECONDS
         if self._single:
-            running, token_seconds = min(running, 1), SINGLE_TOKEN_SECONDS
-        streams = 1 if self._single else self.drill.engine.requests
-        generated = served * streams / token_seconds
-        finished = generated / ANSWER_TOKENS
-        used = min(1.0, running * (PROMPT_TOKENS + ANSWER_TOKENS / 2) / serving.kv_cache_tokens(self.drill))
+            running = min(running, 1)
+        stretches = tuple(self._stretch(clock, served) for clock, served in sorted(done.items()))
+        generated = sum(stretch.requests for stretch in stretches) * ANSWER_TOKENS
         return Work(
             running=running,
-            steps=served / token_seconds,
+            steps=generated / self._streams,
             generated=generated,
-            prompted=finished * PROMPT_TOKENS,
-            finished=finished,
-            token_seconds=token_seconds,
-            used=used,
+            prompted=generated / ANSWER_TOKENS * PROMPT_TOKENS,
+            used=min(1.0, running * (PROMPT_TOKENS + ANSWER_TOKENS / 2) / serving.kv_cache_tokens(self.drill)),
+            stretches=stretches,
         )
+
+    def _stretch(self, clock: float, served: float) -> Stretch:
+        token_seconds = self._step_seconds * (MEMORY_SHARE + (1 - MEMORY_SHARE) / clock)
+        return Stretch(served * self._streams / token_seconds / ANSWER_TOKENS, token_seconds, clock)
 
     def page(self, seconds: float) -> str:
         """Return the metrics page at one moment."""
@@ -96,19 +105,29 @@ class SimulatedEngine:
         ):
             yield f"# TYPE vllm:{name} counter"
             yield f"vllm:{name}_total{{{labels}}} {math.floor(value):.1f}"
+        finished = sum(stretch.requests for stretch in work.stretches)
         for reason, share in (("stop", 0.9), ("length", 0.1), ("abort", 0.0), ("error", 0.0)):
-            count = math.floor(work.finished * share)
+            count = math.floor(finished * share)
             yield f'vllm:request_success_total{{engine="0",finished_reason="{reason}",{labels[11:]}}} {count:.1f}'
-        requests = math.floor(work.finished)
-        per_step = work.generated / work.steps if work.steps else 0.0
-        yield from _histogram("iteration_tokens_total", labels, STEP_BOUNDS, math.floor(work.steps), per_step)
-        yield from _histogram("time_to_first_token_seconds", labels, FIRST_BOUNDS, requests, 0.18)
-        between = math.floor(work.generated - work.finished)
-        yield from _histogram("inter_token_latency_seconds", labels, BETWEEN_BOUNDS, between, work.token_seconds)
-        yield from _histogram("request_queue_time_seconds", labels, QUEUE_BOUNDS, requests, 0.01)
-        yield from _histogram("request_prefill_time_seconds", labels, QUEUE_BOUNDS, requests, 0.16)
-        yield from _histogram("request_prompt_tokens", labels, TOKEN_BOUNDS, requests, PROMPT_TOKENS)
-        yield from _histogram("request_generation_tokens", labels, TOKEN_BOUNDS, requests, ANSWER_TOKENS)
+
+        def histogram(
+            name: str, bounds: tuple[float, ...], value: Callable[[Stretch], float], each: float = 1.0
+        ) -> Iterator[str]:
+            """Yield what the requests took, *each* observations a request."""
+            observed = tuple((value(stretch), math.floor(stretch.requests * each)) for stretch in work.stretches)
+            yield from _histogram(name, labels, bounds, observed)
+
+        yield from histogram(
+            "iteration_tokens_total", STEP_BOUNDS, lambda _: self._streams, ANSWER_TOKENS / self._streams
+        )
+        yield from histogram("time_to_first_token_seconds", FIRST_BOUNDS, lambda s: FIRST_SECONDS / s.clock)
+        yield from histogram(
+            "inter_token_latency_seconds", BETWEEN_BOUNDS, lambda s: s.token_seconds, ANSWER_TOKENS - 1
+        )
+        yield from histogram("request_queue_time_seconds", QUEUE_BOUNDS, lambda s: QUEUE_SECONDS / s.clock)
+        yield from histogram("request_prefill_time_seconds", QUEUE_BOUNDS, lambda s: PREFILL_SECONDS / s.clock)
+        yield from histogram("request_prompt_tokens", TOKEN_BOUNDS, lambda _: PROMPT_TOKENS)
+        yield from histogram("request_generation_tokens", TOKEN_BOUNDS, lambda _: ANSWER_TOKENS)
         tokens = serving.kv_cache_tokens(self.drill)
         yield (
             f'vllm:cache_config_info{{block_size="16",cache_dtype="auto",engine="0",gpu_memory_utilization='
@@ -147,14 +166,18 @@ TOKEN_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 200
 """vLLM's own bounds."""
 
 
-def _histogram(name: str, labels: str, bounds: tuple[float, ...], count: int, value: float) -> Iterator[str]:
-    """Yield a histogram of *count* observations, all near *value*."""
+def _histogram(
+    name: str, labels: str, bounds: tuple[float, ...], observed: tuple[tuple[float, int], ...]
+) -> Iterator[str]:
+    """Yield a histogram of observations: values, and how many of each."""
     yield f"# TYPE vllm:{name} histogram"
     for bound in bounds:
-        yield f'vllm:{name}_bucket{{le="{float(bound)}",{labels}}} {count if value <= bound else 0:.1f}'
+        count = sum(number for value, number in observed if value <= bound)
+        yield f'vllm:{name}_bucket{{le="{float(bound)}",{labels}}} {count:.1f}'
+    count = sum(number for _, number in observed)
     yield f'vllm:{name}_bucket{{le="+Inf",{labels}}} {count:.1f}'
     yield f"vllm:{name}_count{{{labels}}} {count:.1f}"
-    yield f"vllm:{name}_sum{{{labels}}} {count * value:.6f}"
+    yield f"vllm:{name}_sum{{{labels}}} {sum(value * number for value, number in observed):.6f}"
 
 
 class MetricsServer:

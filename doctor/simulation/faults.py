@@ -48,9 +48,12 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     """One line, for `simulate --list`."""
     parameters: tuple[Parameter, ...] = ()
     activity: str = ""
-    """What the GPUs do meanwhile: `idle`, `spinning` (100 % busy at low power), or as usual.
-    All GPUs of the engine, or the one of the parameter `gpu`, or with `spares_gpu` all but that one, which does nothing."""
+    """What the GPUs do meanwhile: `idle`, `spinning` (100 % busy at low power), `hung` (the same at idle power), or as
+    usual. All GPUs of the engine, or the one of the parameter `gpu`, or with `spares_gpu` all but that one, which does
+    nothing."""
     spares_gpu: bool = False
+    halts_engine: bool = False
+    """Requests go on running, and no step advances."""
     ends_engine_after_seconds: float | None = None
     """The engine dies this long after the beginning, and its GPUs are left idle and empty; None: it lives."""
 
@@ -120,6 +123,7 @@ NVML_KINDS = (
         parameters=(GPU,),
         activity="spinning",
         spares_gpu=True,
+        halts_engine=True,
         ends_engine_after_seconds=60.0,
     ),
     Kind(name="nvlink-down", text="One NVLink of a GPU is down", parameters=(GPU, LINK)),
@@ -213,6 +217,7 @@ HOST_KINDS = (
         parameters=(RANK,),
         activity="spinning",
         spares_gpu=True,
+        halts_engine=True,
         ends_engine_after_seconds=62.0,
     ),
     Kind(
@@ -222,6 +227,36 @@ HOST_KINDS = (
             Parameter("kind", "where it hangs", "hardware", kind="str", choices=("hardware", "collective", "software")),
         ),
         activity="spinning",
+        halts_engine=True,
+    ),
+    Kind(
+        name="rank-stopped",
+        text="A rank is stopped (SIGSTOP, a debugger); the others wait for it in a collective",
+        parameters=(RANK,),
+        activity="spinning",
+        spares_gpu=True,
+        halts_engine=True,
+    ),
+    Kind(
+        name="rank-blocked",
+        text="A rank hangs in the kernel (state D); the others wait for it in a collective",
+        parameters=(RANK,),
+        activity="spinning",
+        spares_gpu=True,
+        halts_engine=True,
+    ),
+    Kind(
+        name="engine-core-busy",
+        text="The engine core computes in Python and schedules nothing; the ranks and their GPUs wait for it",
+        activity="idle",
+        halts_engine=True,
+    ),
+    Kind(
+        name="kernel-hung",
+        text="A kernel on one GPU of the engine never ends, and the driver says nothing",
+        parameters=(GPU,),
+        activity="hung",
+        halts_engine=True,
     ),
     Kind(
         name="engine-crashed",
@@ -233,6 +268,21 @@ HOST_KINDS = (
         text="A kernel of the workload faults (illegal memory access), and the engine dies of it",
         parameters=(GPU,),
         ends_engine_after_seconds=4.0,
+    ),
+    Kind(
+        name="gpu-memory-fault",
+        text="A GPU meets an uncorrectable memory error, CUDA reports it, and the engine dies of it",
+        parameters=(GPU,),
+        ends_engine_after_seconds=4.0,
+    ),
+    Kind(
+        name="gpu-memory-held",
+        text="The engine starts on a GPU whose memory another process holds, and refuses",
+        parameters=(
+            GPU,
+            Parameter("gib", "GiB that the other process holds", 20.0, kind="float", minimum=0, maximum=1000),
+        ),
+        ends_engine_after_seconds=3.0,
     ),
     Kind(
         name="out-of-memory-at-startup",
@@ -255,6 +305,11 @@ HOST_KINDS = (
     Kind(name="no-engine", text="No serving engine runs", ends_engine_after_seconds=0.0),
     Kind(name="pcie-fallback", text="All NVLinks are down, and the engine falls back to PCIe at its start"),
     Kind(name="fabric-manager-dead", text="The fabric manager has died; the GPUs still say that all is well"),
+    Kind(
+        name="fabric-manager-dead-at-start",
+        text="The fabric manager had died before the engine started: CUDA refuses (802)",
+        ends_engine_after_seconds=3.0,
+    ),
     Kind(
         name="fabric-manager-version",
         text="The fabric manager is of another version than the driver and refuses to start, so CUDA does too",
@@ -281,6 +336,9 @@ HOST_KINDS = (
     Kind(name="metrics-down", text="The engine's metrics page does not answer"),
 )
 """Faults that the engine, its logs and the host show, some of them with what NVML shows of the same."""
+
+OF_THE_ENGINE = frozenset({"application-fault", "gpu-memory-fault", "gpu-memory-held", "kernel-hung"})
+"""Faults of a GPU that the engine must use."""
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (*NVML_KINDS, *HOST_KINDS)}
 """All faults by name."""
@@ -366,13 +424,15 @@ def _fits(fault: Fault, node: Profile, text: str) -> None:
         raise FaultError(f"{text}: {node.product.name} has no MIG")
     if fault.name == "symbol-missing" and not str(fault.params["name"]).startswith("nvml"):
         raise FaultError(f"{text}: {fault.params['name']!r} is no function of NVML; they begin with nvml")
-    if fault.name == "application-fault" and gpu not in node.workload.gpus:
+    if fault.name in OF_THE_ENGINE and gpu not in node.workload.gpus:
         raise FaultError(f"{text}: the engine of {node.name} does not use GPU {gpu}")
     rank = fault.params.get("rank")
     if rank is not None and int(rank) >= node.workload.tensor_parallel_size:
         raise FaultError(f"{text}: the engine has ranks 0 to {node.workload.tensor_parallel_size - 1}, not {rank}")
     if (fault.name == "sxid" or fault.name.startswith("fabric-manager-")) and not node.fabric_manager:
         raise FaultError(f"{text}: {node.name} has no NVSwitch")
+    if fault.name == "gpu-memory-fault" and not node.product.ecc:
+        raise FaultError(f"{text}: {node.product.name} has no ECC memory that NVML tells of")
     if fault.name == "pcie-fallback" and node.wiring in {"none", "unbridged"}:
         raise FaultError(f"{text}: the GPUs of {node.name} have no NVLink in use")
     if fault.name == "single-stream" and node.workload.tensor_parallel_size < 2:

@@ -545,7 +545,7 @@ class Library:
         if self._mig(gpu):
             return NOT_SUPPORTED
         state = self.state(gpu)
-        out._obj.gpu = 100 if state.activity == "spinning" else round(min(1.0, state.load * 1.3) * 100)
+        out._obj.gpu = 100 if state.activity in {"spinning", "hung"} else round(min(1.0, state.load * 1.3) * 100)
         out._obj.memory = round(state.load * 55) if state.activity == "working" else 0
         return SUCCESS
 
@@ -649,6 +649,8 @@ class Library:
         linked = self._connected(one, two)
         if not self.product.p2p:
             status = P2P_GPU_NOT_SUPPORTED
+        elif self._mig(one) or self._mig(two):
+            status = P2P_NOT_SUPPORTED
         elif self._active("p2p-blocked"):
             status = P2P_CHIPSET_NOT_SUPPORTED
         elif which in {P2P_READ, P2P_WRITE} or linked:
@@ -727,7 +729,7 @@ class Library:
         state = self.state(second.gpu)
         working = state.load if state.activity == "working" else 0.0
         values = {
-            2: 99.0 if state.activity == "spinning" else working * 92,
+            2: 99.0 if state.activity in {"spinning", "hung"} else working * 92,
             5: working * 34,
             10: working * 61,
             20: state.pcie_bytes_per_second / (1 << 20),

@@ -37,6 +37,8 @@ SW_THERMAL = 0x20
 HW_THERMAL = 0x40
 POWER_BRAKE = 0x80
 
+HUNG_POWER = 0.02
+"""Likewise of a kernel that never ends: it issues next to nothing. guess, after the map's "100 % busy at idle power"."""
 SPINNING_POWER = 0.12
 """Of the way from idle to busy: a kernel that only polls memory keeps the SMs busy at little power."""
 
@@ -89,9 +91,23 @@ class Drill(msgspec.Struct, frozen=True, kw_only=True):
             fault.start_seconds + after
             for fault in self.faults
             if (after := KINDS[fault.name].ends_engine_after_seconds) is not None
+            and self.meets_engine(fault)
             and (fault.end_seconds is None or fault.elapsed(math.inf) >= after)
         )
         return min(ends, default=math.inf)
+
+    def meets_engine(self, fault: Fault) -> bool:
+        """Whether a fault is of one of the engine's GPUs, or of none."""
+        return fault.params.get("gpu", self.engine.gpus[0]) in self.engine.gpus
+
+    def halted_since(self, seconds: float) -> float | None:
+        """Return since when no step advances at this time of the drill; None: the engine works, or there is none."""
+        since = (
+            fault.start_seconds
+            for fault in self.faults
+            if KINDS[fault.name].halts_engine and fault.active(seconds) and self.meets_engine(fault)
+        )
+        return min(since, default=None)
 
     def active(self, name: str, seconds: float, gpu: int | None = None) -> Fault | None:
         """Return the active fault of this name (on this GPU), or None."""
@@ -104,7 +120,7 @@ class GpuState(msgspec.Struct):
     """One GPU at one time."""
 
     activity: str = "idle"
-    """`idle`, `working`, `spinning` or `lost`."""
+    """`idle`, `working`, `spinning`, `hung` or `lost`."""
     load: float = 0.0
     """How much of its speed the work asks for, 0 to 1."""
     power_watts: float = 0.0
@@ -115,6 +131,8 @@ class GpuState(msgspec.Struct):
     margin_celsius: float = 0.0
     throttle: float = 1.0
     """Share of the clock that heat leaves."""
+    clock: float = 1.0
+    """Share of the clock that heat, brake and limit leave."""
     sm_mhz: int = 0
     reasons: int = 0
     """Clocks event reasons, NVML's bits."""
@@ -146,8 +164,8 @@ class NodeState(msgspec.Struct, frozen=True):
     seconds: float
     load: float
     """Of the engine, 0 to 1; 0 when it is gone."""
-    work_seconds: float
-    """Integral of the load: tokens, requests and bytes are in proportion to it."""
+    work_seconds: dict[float, float]
+    """Integral of the load by the share of its clock at which the slowest GPU of the engine then worked."""
     gpus: tuple[GpuState, ...]
 
 
@@ -181,7 +199,7 @@ class Physics:
 
     def _reset(self) -> None:
         self._cell = -COARSE_CELLS
-        self._work = 0.0
+        self._work: dict[float, float] = {}
         self._wanted = 0.0
         product = self.node.product
         self._gpus = [GpuState(limit_watts=product.limit_watts) for _ in self.node.gpus]
@@ -203,17 +221,20 @@ class Physics:
             coarse = self._cell < 0
             self._cell += 1
             self._step(1.0 if coarse else CELL_SECONDS, self._cell)
-        return NodeState(seconds, self._load(seconds), self._work, tuple(self._gpus))
+        return NodeState(seconds, self._load(seconds), dict(self._work), tuple(self._gpus))
 
     def _load(self, seconds: float) -> float:
-        return load(seconds) if self.engine.started_seconds <= seconds < self._engine_ends else 0.0
+        if not self.engine.started_seconds <= seconds < self._engine_ends or self.drill.active("idle", seconds):
+            return 0.0
+        halted = self.drill.halted_since(seconds)
+        return load(seconds if halted is None else halted)
 
     def _leap(self, cell: int) -> None:
         """Jump over as many whole minutes as are alike: no fault begins or ends in them, and the heat has settled."""
         here = self._cell / CELLS_A_SECOND
         next_edge = next((edge for edge in self._edges if edge > here), math.inf)
         before = [msgspec.structs.asdict(gpu) for gpu in self._gpus]
-        work = self._work
+        work = dict(self._work)
         last = min(cell, math.floor(next_edge * CELLS_A_SECOND) if math.isfinite(next_edge) else cell)
         if last - self._cell < 2 * PERIOD_CELLS:
             return
@@ -229,7 +250,8 @@ class Physics:
             return
         periods = (last - self._cell) // PERIOD_CELLS
         self._cell += periods * PERIOD_CELLS
-        self._work += periods * (self._work - work)
+        for clock, done in self._work.items():
+            self._work[clock] = done + periods * (done - work.get(clock, 0.0))
         for gpu, old in zip(self._gpus, before, strict=True):
             for name in COUNTERS:
                 setattr(gpu, name, getattr(gpu, name) + periods * (getattr(gpu, name) - old[name]))
@@ -240,11 +262,17 @@ class Physics:
         product = self.node.product
         active = [fault for fault in self.drill.faults if fault.active(seconds)]
         self._wanted = self._load(seconds)
-        self._work += self._wanted * cell_seconds
+        if self.drill.halted_since(seconds) is None:
+            clock = round(min(self._gpus[index].clock for index in self.engine.gpus), 2)
+            self._work[clock] = self._work.get(clock, 0.0) + self._wanted * cell_seconds
         gpu_decay = math.exp(-cell_seconds / GPU_TAU_SECONDS)
         memory_decay = math.exp(-cell_seconds / MEMORY_TAU_SECONDS)
         for index, gpu in enumerate(self._gpus):
-            mine = [fault for fault in active if fault.hits(index) or KINDS[fault.name].spares_gpu]
+            mine = [
+                fault
+                for fault in active
+                if fault.hits(index) or (KINDS[fault.name].spares_gpu and self.drill.meets_engine(fault))
+            ]
             resistance = product.celsius_per_watt
             for fault in mine:
                 if fault.name == "overheating":
@@ -277,7 +305,7 @@ class Physics:
         product = self.node.product
         seconds = _seconds(cell)
         gpu.activity = self._activity(index, mine, seconds)
-        gpu.load = self._wanted if gpu.activity == "working" else 1.0 if gpu.activity == "spinning" else 0.0
+        gpu.load = self._wanted if gpu.activity == "working" else 1.0 if gpu.activity in {"spinning", "hung"} else 0.0
         gpu.limit_watts = product.limit_watts
         clock = gpu.throttle
         reasons = IDLE if gpu.activity == "idle" else 0
@@ -290,7 +318,8 @@ class Physics:
                 reasons |= POWER_BRAKE | HW_SLOWDOWN
             elif fault.name == "power-transient":
                 transient = fault
-        if gpu.throttle < 1.0 and gpu.activity in {"working", "spinning"}:
+        busy = gpu.activity in {"working", "spinning", "hung"}
+        if gpu.throttle < 1.0 and busy:
             reasons |= SW_THERMAL
             if gpu.margin_celsius < (product.margin_thresholds or (0, -2))[1]:
                 reasons |= HW_THERMAL | HW_SLOWDOWN
@@ -305,9 +334,9 @@ class Physics:
             clock = min(clock, clock * gpu.limit_watts / watts)
             watts = gpu.limit_watts
         gpu.reasons = reasons
+        gpu.clock = clock
         gpu.power_watts = watts
         gpu.recent_watts = (*gpu.recent_watts[-9:], watts)
-        busy = gpu.activity in {"working", "spinning"}
         gpu.sm_mhz = (
             round(product.sm_clock_mhz * clock) if busy else product.sm_clock_idle_mhz if gpu.activity == "idle" else 0
         )
@@ -341,7 +370,8 @@ def _power_watts(product: Product, activity: str, share: float, clock: float) ->
         return product.idle_watts
     span = product.busy_watts - product.idle_watts
     # Dynamic power goes with clock times voltage squared; between half and full clock that is about its square.
-    return product.idle_watts + span * (SPINNING_POWER if activity == "spinning" else share) * clock * clock
+    share = {"spinning": SPINNING_POWER, "hung": HUNG_POWER}.get(activity, share)
+    return product.idle_watts + span * share * clock * clock
 
 
 def _memory_celsius(product: Product, watts: float) -> float:

@@ -14,7 +14,7 @@ import msgspec
 from doctor.simulation import script, serving
 from doctor.simulation.engine import SimulatedEngine, Work
 from doctor.simulation.faults import Fault
-from doctor.simulation.physics import Drill, GpuState, Physics
+from doctor.simulation.physics import Drill, Physics
 from doctor.simulation.script import UPTIME_SECONDS, EngineScript, Line
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -299,29 +299,45 @@ class SimulatedRoot:
         arguments = serving.command_line(self.drill, self._port)
         self._put_process(_Process(engine.front_pid, 1, "vllm", arguments, started, lived * 0.3))
         self._surroundings(engine.front_pid, group)
+        halted = self.drill.halted_since(seconds)
+        computes = self._active("engine-core-busy", seconds) is not None
+        worked = lived if halted is None else halted - started
+        core_seconds = worked * 0.5 + (lived - worked if computes else 0.0)
         self._put_process(
             _Process(
-                engine.core_pid, engine.front_pid, "VLLM::EngineCor", ("VLLM::EngineCore",), started + 10, lived * 0.5
+                engine.core_pid,
+                engine.front_pid,
+                "VLLM::EngineCor",
+                ("VLLM::EngineCore",),
+                started + 10,
+                core_seconds,
+                state="R" if computes else "S",
             )
         )
         if engine.tensor_parallel_size == 1:
             return
         for rank, pid in enumerate(engine.rank_pids):
-            gpu = state.gpus[engine.gpus[rank]]
+            # A worker polls while there is work, also in a collective; on an idle GPU of a halted engine it stands still.
+            polls = halted is None or state.gpus[engine.gpus[rank]].activity in {"working", "spinning", "hung"}
             title = engine.title(rank)
             self._put_process(
                 _Process(
-                    pid, engine.core_pid, title[:15], (title,), started + 15, self._worker_seconds(gpu, seconds, lived)
+                    pid,
+                    engine.core_pid,
+                    title[:15],
+                    (title,),
+                    started + 15,
+                    (lived if polls else worked) * 0.95,
+                    state=self._state_of(rank, seconds, polls),
                 )
             )
 
-    def _worker_seconds(self, gpu: GpuState, seconds: float, lived: float) -> float:
-        """Return a worker's CPU time: it polls while there is work, and stands still when it hangs idle."""
-        stuck = [fault for fault in self.drill.faults if fault.name in {"engine-stalled", "nccl-timeout", "gpu-lost"}]
-        since = min((fault.start_seconds for fault in stuck if fault.active(seconds)), default=None)
-        if since is not None and gpu.activity in {"idle", "lost"}:
-            return max(0.0, lived - (seconds - since)) * 0.95
-        return lived * 0.95
+    def _state_of(self, rank: int, seconds: float, polls: bool) -> str:
+        for name, state in (("rank-stopped", "T"), ("rank-blocked", "D")):
+            fault = self._active(name, seconds)
+            if fault is not None and fault.params["rank"] == rank:
+                return state
+        return "R" if polls else "S"
 
     def _put_process(self, process: _Process) -> None:
         ticks = round((self.drill.started_at + process.started_seconds - self._boot) * TICKS_PER_SECOND)

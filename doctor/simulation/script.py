@@ -24,6 +24,8 @@ STARTS_SECONDS = {
     "out-of-memory-at-startup": 45.0,
     "driver-too-old": 18.0,
     "driver-library-mismatch": 18.0,
+    "gpu-memory-held": 25.0,
+    "fabric-manager-dead-at-start": 18.0,
     "fabric-manager-version": 18.0,
 }
 """Faults of which the engine dies while it starts: how long before the fault its start began."""
@@ -99,6 +101,21 @@ def _mismatch_kernel(drill: Drill, fault: Fault) -> Iterator[tuple[float, str]]:
     yield 0.0, "NVRM: make sure that this kernel module and all NVIDIA driver components have the same version."
 
 
+def _memory_fault_kernel(drill: Drill, fault: Fault) -> Iterator[tuple[float, str]]:
+    gpu = int(fault.params["gpu"])
+    yield 0.0, _xid(drill, gpu, 48, XID_TEXTS[48], of_engine=True)
+    yield 0.0, _xid(drill, gpu, 95, XID_TEXTS[95], of_engine=True)
+    yield 0.1, _xid(drill, gpu, 63, XID_TEXTS[63])
+    yield 0.1, _xid(drill, gpu, 154, XID_TEXTS[154])
+    yield 3.0, _xid(drill, gpu, 45, "Ch 00000008", of_engine=True)
+
+
+def _blocked_kernel(drill: Drill, fault: Fault) -> Iterator[tuple[float, str]]:
+    rank = int(fault.params["rank"])
+    name, pid = drill.engine.title(rank)[:15], drill.engine.rank_pids[rank]
+    yield 121.0, f"INFO: task {name}:{pid} blocked for more than 120 seconds."
+
+
 def _oom_kill_kernel(drill: Drill, fault: Fault) -> Iterator[tuple[float, str]]:
     rank = int(fault.params["rank"])
     pid, name = drill.engine.rank_pids[rank], drill.engine.title(rank)[:15]
@@ -155,7 +172,9 @@ _KERNEL: dict[str, Callable[[Drill, Fault], Iterator[tuple[float, str]]]] = {
     "application-fault": _application_fault_kernel,
     "driver-library-mismatch": _mismatch_kernel,
     "driver-hung": _hung_kernel,
+    "gpu-memory-fault": _memory_fault_kernel,
     "oom-kill": _oom_kill_kernel,
+    "rank-blocked": _blocked_kernel,
     "xid": _xid_kernel,
     "sxid": _sxid_kernel,
 }
@@ -343,11 +362,7 @@ class EngineScript:
     def _communicators(self, t: float) -> Iterator[Line]:
         node, size = self.drill.node, self.engine.tensor_parallel_size
         yield self._worker(t, 0, "INFO", "pynccl.py:148", f"vLLM is using nccl=={serving.NCCL}")
-        down = any(
-            fault.name == "nvlinks-all-down" and fault.start_seconds <= self.engine.started_seconds
-            for fault in self.drill.faults
-        )
-        linked = not down and (node.wiring in {"switch", "mesh"} or (node.wiring == "pairs" and size == 2))
+        linked = not serving.reduces_over_pcie(self.drill)
         if not linked and size > 2:
             for rank in self._ranks:
                 text = (
@@ -472,7 +487,8 @@ class EngineScript:
     def _nccl_timeout(self, fault: Fault) -> Iterator[Line]:
         yield from self._stuck(fault.start_seconds, int(fault.params["rank"]))
 
-    def _engine_stalled(self, fault: Fault) -> Iterator[Line]:
+    def _waits(self, fault: Fault) -> Iterator[Line]:
+        """Yield what the engine core says each minute while it waits for a worker."""
         end = 3600.0 if fault.end_seconds is None else fault.end_seconds
         for number in range(1, math.ceil((end - fault.start_seconds) / 60)):
             text = (
@@ -480,6 +496,8 @@ class EngineScript:
                 "processes are hanging or doing some time-consuming work (e.g. compilation, weight/kv cache quantization)."
             )
             yield self._core(fault.start_seconds + 60 * number, "INFO", "shm_broadcast.py:878", text)
+
+    _engine_stalled = _rank_stopped = _rank_blocked = _kernel_hung = _waits
 
     def _engine_crashed(self, fault: Fault) -> Iterator[Line]:
         message = "request chatcmpl-5f2c was scheduled with 4097 tokens, and its block table holds 4096"
@@ -504,6 +522,44 @@ class EngineScript:
             "RuntimeError",
             "Worker failed with error 'CUDA error: an illegal memory access was encountered', please check the stack trace above for the root cause",
         )
+
+    def _gpu_memory_fault(self, fault: Fault) -> Iterator[Line]:
+        """Yield how the rank on that GPU meets the error, and how the others meet its death."""
+        rank, t = self.engine.gpus.index(int(fault.params["gpu"])), fault.start_seconds
+        text = "CUDA error: uncorrectable ECC error encountered"
+        trace = self._trace("vllm/v1/worker/gpu_model_runner.py", f"torch.AcceleratorError: {text}")
+        yield self._worker(
+            t + 0.1, rank, "ERROR", "multiproc_executor.py:1189", f"WorkerProc hit an exception.\n{trace}"
+        )
+        yield self._watchdog(
+            t + 0.4,
+            rank,
+            f"[PG ID 2 PG GUID 3 Rank {rank}] Process group watchdog thread terminated with exception: {text}",
+        )
+        for other in self._ranks:
+            if other != rank:
+                error = (
+                    "torch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
+                    f"unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version {serving.NCCL}\n"
+                    "ncclUnhandledCudaError: Call to CUDA function failed."
+                )
+                trace = self._trace("torch/distributed/distributed_c10d.py", error)
+                yield self._worker(
+                    t + 0.8, other, "ERROR", "multiproc_executor.py:1189", f"WorkerProc hit an exception.\n{trace}"
+                )
+        message = f"Worker failed with error '{text}', please check the stack trace above for the root cause"
+        yield from self._dies(t + 2, rank, "-6", "RuntimeError", message)
+
+    def _gpu_memory_held(self, fault: Fault) -> Iterator[Line]:
+        total = self.drill.node.product.total_bytes / GIB
+        rank = self.engine.gpus.index(int(fault.params["gpu"]))
+        share = self.engine.memory_utilization
+        error = (
+            f"ValueError: Free memory on device cuda:{rank} ({max(0.0, total - fault.number('gib') - 0.6):.2f}/{total:.2f} "
+            f"GiB) on startup is less than desired GPU memory utilization ({share}, {share * total:.2f} GiB). Decrease GPU "
+            "memory utilization or reduce GPU memory used by other processes."
+        )
+        yield from self._does_not_start(fault.start_seconds, rank, self._trace("vllm/v1/worker/utils.py", error))
 
     def _out_of_memory_at_startup(self, fault: Fault) -> Iterator[Line]:
         total = self.drill.node.product.total_bytes / GIB
@@ -534,7 +590,13 @@ class EngineScript:
         )
         yield from self._does_not_start(fault.start_seconds, 0, self._trace("torch/cuda/__init__.py", error))
 
+    def _fabric_manager_dead_at_start(self, fault: Fault) -> Iterator[Line]:
+        yield from self._no_fabric(fault)
+
     def _fabric_manager_version(self, fault: Fault) -> Iterator[Line]:
+        yield from self._no_fabric(fault)
+
+    def _no_fabric(self, fault: Fault) -> Iterator[Line]:
         error = (
             "RuntimeError: Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
             "NumCudaDevices() that might have already set an error? Error 802: system not yet initialized"

@@ -128,6 +128,18 @@ def command_line(drill: Drill, port: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def reduces_over_pcie(drill: Drill) -> bool:
+    """Whether the engine's ranks found no NVLink between them when it started: it never looks again."""
+    node, engine = drill.node, drill.engine
+    off = ("nvlinks-all-down", "mig-enabled")
+    if any(
+        fault.name in off and fault.active(engine.started_seconds) and drill.meets_engine(fault)
+        for fault in drill.faults
+    ):
+        return True
+    return not (node.wiring in {"switch", "mesh"} or (node.wiring == "pairs" and engine.tensor_parallel_size == 2))
+
+
 def kv_cache_bytes(drill: Drill) -> int:
     """Return what weights and runtime leave for the KV cache, over all ranks."""
     engine = drill.engine
