@@ -190,7 +190,7 @@ def check(
         visits = _closable(recording.read(replay))
     else:
         visits = _visits(site, simulate, faults, root, times=1 + round(seconds))
-    report = _last_report(visits, _rules(site), _optional(site, optional))
+    report = _last_report(visits, site, _optional(site, optional))
     _tell(report, form)
     ctx.exit(report.verdict.exit_code)
 
@@ -245,7 +245,7 @@ def triage(ctx: click.Context, files: tuple[Path, ...], config: Path | None, for
 
     site = _site(config)
     visits = _closable(evidence.read(files, now=time.time()))
-    report = _last_report(visits, _rules(site), frozenset(site.optional))
+    report = _last_report(visits, site, frozenset(site.optional))
     _tell(report, form)
     ctx.exit(report.verdict.exit_code)
 
@@ -286,6 +286,7 @@ def daemon(
         keep_seconds=KEEP_SECONDS,
         version=__version__,
         optional=_optional(site, optional),
+        silences=site.silence,
     )
 
 
@@ -326,7 +327,7 @@ def rules(*, simulate: str | None, faults: tuple[str, ...], root: Path, config: 
     if form == "markdown":
         _say(catalogue.rules_markdown(_rules(site), "rules/"))
         return
-    report = _last_report(_visits(site, simulate, faults, root, times=1), _rules(site), frozenset(site.optional))
+    report = _last_report(_visits(site, simulate, faults, root, times=1), site, frozenset(site.optional))
     _say(catalogue.rules_screen(_rules(site), report, _terminal()))
 
 
@@ -387,14 +388,14 @@ def _closable(visits: Iterator[Snapshot]) -> Generator[Snapshot, None, None]:
     yield from visits
 
 
-def _last_report(
-    visits: Generator[Snapshot, None, None], rules: tuple[AnyRule, ...], optional: frozenset[Source]
-) -> Report:
+def _last_report(visits: Generator[Snapshot, None, None], site: Site, optional: frozenset[Source]) -> Report:
     from doctor.diagnose import watch
+
+    rules = _rules(site)
 
     last: Report | None = None
     with closing(visits):
-        for report in watch(visits, rules, KEEP_SECONDS, optional):
+        for report in watch(visits, rules, KEEP_SECONDS, optional, site.silence):
             last = report
     if last is None:
         refuse("there is no visit to judge: the recording ends behind its first line")

@@ -1,7 +1,8 @@
-"""The site's configuration: TOML laid over the rules' limits. Unknown names are errors."""
+"""The site's configuration: TOML laid over the rules' limits, and findings to be silent about. Unknown names are errors."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import msgspec
 
 from doctor.rule import AnyRule, Severity
+from doctor.silence import Moment, Silence
 from doctor.snapshot import Source
+
+DAY_SECONDS = 86400.0
 
 
 class ConfigError(Exception):
@@ -25,14 +29,23 @@ class EngineSite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """URLs of engines' metrics pages."""
 
 
-class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A site's own choices."""
+class Sections(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a configuration file may hold."""
 
     optional: tuple[Source, ...] = ()
     """Essential sources that this site can do without: unseen, they don't make a report incomplete."""
     engine: EngineSite = EngineSite()
     rules: dict[str, dict[str, Any]] = {}
     """`[rules.<id>]`: `enabled`, `severity`, and the names of the rule's limits."""
+    silence: tuple[Silence, ...] = ()
+    """`[[silence]]`: findings that the site knows of."""
+
+
+class Site(Sections, frozen=True, forbid_unknown_fields=True):
+    """A site's own choices."""
+
+    file: str = ""
+    """The file that they stand in; empty: there is none."""
 
 
 def read(path: Path) -> Site:
@@ -43,25 +56,56 @@ def read(path: Path) -> Site:
         msg = f"{path}: can't be read: {e.strerror}"
         raise ConfigError(msg) from e
     try:
-        return msgspec.toml.decode(text, type=Site)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        sections = msgspec.toml.decode(text, type=Sections, dec_hook=_of_toml)
+    except (msgspec.DecodeError, ValueError, RecursionError) as e:
         words = str(e).replace("Object contains unknown field", "there is no setting")
         msg = f"{path}: {words}"
         raise ConfigError(msg) from e
+    return Site(**{name: getattr(sections, name) for name in Sections.__struct_fields__}, file=str(path))
+
+
+def _of_toml(wanted: type, value: object) -> object:
+    """Return a value of TOML as the type that it stands for. Raises ValueError."""
+    if wanted is not Moment:
+        raise NotImplementedError(wanted)
+    if isinstance(value, str):
+        value = _written_moment(value)
+    if isinstance(value, datetime.datetime):
+        if value.tzinfo is None:
+            msg = f"{value.isoformat()} does not tell its zone; write {value.isoformat()}Z or +01:00"
+            raise ValueError(msg)
+        return Moment(value.timestamp())
+    if isinstance(value, datetime.date):  # "until the first" means that day, too
+        midnight = datetime.datetime.combine(value, datetime.time(), datetime.timezone.utc)
+        return Moment(midnight.timestamp() + DAY_SECONDS)
+    msg = f"{value!r} is no date; 2026-12-31 is one, or 2026-12-31T18:00:00+01:00"
+    raise ValueError(msg)
+
+
+def _written_moment(text: str) -> object:
+    """Return the date, or date and time, that a string holds, else the string."""
+    try:
+        return msgspec.convert(text, datetime.datetime if ":" in text else datetime.date)
+    except msgspec.ValidationError:
+        return text
 
 
 def lay_over(rules: Sequence[AnyRule], site: Site) -> tuple[AnyRule, ...]:
     """Return the rules as the site wants them. Raises ConfigError for an unknown rule or limit."""
     known = {rule.id for rule in rules}
-    for name in site.rules:
+    named = [(f"[rules.{name}]", name) for name in site.rules]
+    named += [
+        (f"[[silence]] {number}, rule {silence.rule}", silence.rule) for number, silence in enumerate(site.silence, 1)
+    ]
+    for place, name in named:
         if name not in known:
-            msg = f"[rules.{name}]: there is no such rule; `gpu-doctor rules` lists them"
-            raise ConfigError(msg)
+            raise _refusal(site, f"{place}: there is no such rule; `gpu-doctor rules` lists them")
     chosen: list[AnyRule] = []
     for rule in rules:
         wanted = dict(site.rules.get(rule.id, {}))
-        if not wanted.pop("enabled", True):
-            continue
+        enabled = wanted.pop("enabled", True)
+        if not isinstance(enabled, bool):
+            raise _refusal(site, f"[rules.{rule.id}] enabled: {enabled!r} is neither true nor false")
         severity = rule.severity
         if "severity" in wanted:
             word = str(wanted.pop("severity"))
@@ -69,22 +113,27 @@ def lay_over(rules: Sequence[AnyRule], site: Site) -> tuple[AnyRule, ...]:
                 severity = Severity[word.upper()]
             except KeyError:
                 words = ", ".join(s.word for s in Severity)
-                msg = f"[rules.{rule.id}] severity: {word!r} is none of {words}"
-                raise ConfigError(msg) from None
-        chosen.append(rule.but(severity=severity, limits=_limits(rule, wanted)) if rule.id in site.rules else rule)
+                raise _refusal(site, f"[rules.{rule.id}] severity: {word!r} is none of {words}") from None
+        chosen.append(
+            rule.but(enabled=enabled, severity=severity, limits=_limits(rule, wanted, site))
+            if rule.id in site.rules
+            else rule
+        )
     return tuple(chosen)
 
 
-def _limits(rule: AnyRule, wanted: dict[str, Any]) -> Any:
+def _refusal(site: Site, sentence: str) -> ConfigError:
+    return ConfigError(f"{site.file}: {sentence}" if site.file else sentence)
+
+
+def _limits(rule: AnyRule, wanted: dict[str, Any], site: Site) -> Any:
     limits: msgspec.Struct = rule.limits
     names = limits.__struct_fields__
     for name in wanted:
         if name not in names:
             there = f"it has {', '.join(names)}" if names else "it has none"
-            msg = f"[rules.{rule.id}] {name}: there is no such limit; {there}"
-            raise ConfigError(msg)
+            raise _refusal(site, f"[rules.{rule.id}] {name}: there is no such limit; {there}")
     try:
         return msgspec.convert(msgspec.structs.asdict(limits) | wanted, type(limits))
     except msgspec.ValidationError as e:
-        msg = f"[rules.{rule.id}]: {e}"
-        raise ConfigError(msg) from e
+        raise _refusal(site, f"[rules.{rule.id}]: {e}") from e

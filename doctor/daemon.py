@@ -16,9 +16,10 @@ from doctor.door.address import Address
 from doctor.door.server import Door
 from doctor.report import ReportedFinding
 from doctor.rule import AnyRule
+from doctor.silence import Silence
 from doctor.snapshot import Snapshot, Source
 from exporters.prometheus import Tally
-from exporters.wording import plain, severity_of
+from exporters.wording import plain, severity_of, silenced
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -32,7 +33,7 @@ def changes(before: Sequence[ReportedFinding], after: Sequence[ReportedFinding])
     """Yield what is different, in the order of the report; what cleared comes last.
 
     A finding is the same while its failure mode and its subject are, or overlap; it changes when its severity,
-    confidence, subject or causes do. Its sentence may tell new numbers at every visit: that is no change.
+    confidence, subject, causes or silence do. Its sentence may tell new numbers at every visit: that is no change.
     """
     left = list(before)
     for now in after:
@@ -59,7 +60,7 @@ def _may_be_the_same(one: ReportedFinding, other: ReportedFinding) -> bool:
 
 def _character(reported: ReportedFinding) -> tuple[object, ...]:
     finding = reported.finding
-    return (severity_of(finding), finding.confidence, finding.subject, reported.caused_by)
+    return (severity_of(finding), finding.confidence, finding.subject, reported.caused_by, reported.silence)
 
 
 def run(  # the one function that ties feed, path, page and log together
@@ -71,6 +72,7 @@ def run(  # the one function that ties feed, path, page and log together
     keep_seconds: float,
     version: str,
     optional: frozenset[Source] = frozenset(),
+    silences: Sequence[Silence] = (),
 ) -> None:
     """Judge every visit and serve the last report until SIGTERM or SIGINT. Raises DoorError where it can't listen."""
     log, tally = _log(), Tally()
@@ -79,7 +81,7 @@ def run(  # the one function that ties feed, path, page and log together
     try:
         with _ended_by_signals(), closing(visits), door.opened() as bound:
             log.info("listening", address=str(bound), version=version)
-            for report in watch(visits, rules, keep_seconds, optional):
+            for report in watch(visits, rules, keep_seconds, optional, silences):
                 tally.add(report)
                 door.show(report)
                 for change in changes(before, report.findings):
@@ -100,7 +102,9 @@ def _tell(log: Any, change: Change) -> None:
         "engine": plain(finding.subject.engine),
         "caused_by": change.finding.caused_by,
     }
-    tell = log.info if change.what == "cleared" else log.warning
+    if change.finding.silence is not None:
+        event["silenced"] = silenced(change.finding.silence)
+    tell = log.info if change.what == "cleared" or "silenced" in event else log.warning
     tell(f"finding {change.what}", **event)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from doctor.history import History
 from doctor.report import Report, in_order_of_cause, passed_over, verdict_of
 from doctor.rule import AnyRule, Finding, Unjudged
-from doctor.snapshot import Snapshot, Source
+from doctor.silence import Silence, silence_of
+from doctor.snapshot import Absent, Snapshot, Source, Why
 
 
 def watch(
@@ -15,37 +16,59 @@ def watch(
     rules: Sequence[AnyRule],
     keep: float,
     optional: frozenset[Source] = frozenset(),
+    silences: Sequence[Silence] = (),
 ) -> Iterator[Report]:
     """Yield a report after each visit. *keep*: how many seconds of visits the rules remember.
 
-    *optional* sources, unseen, don't make a report incomplete.
+    *optional* sources, unseen, don't make a report incomplete; *silences* keep findings out of the verdict.
     """
     history: History | None = None
     for snapshot in visits:
         history = History((snapshot,), keep) if history is None else history.after(snapshot)
-        yield judge(history, rules, optional)
+        yield judge(history, rules, optional, silences)
 
 
-def judge(history: History, rules: Sequence[AnyRule], optional: frozenset[Source] = frozenset()) -> Report:
-    """Ask every rule about the history, and return what they say."""
+def judge(
+    history: History,
+    rules: Sequence[AnyRule],
+    optional: frozenset[Source] = frozenset(),
+    silences: Sequence[Silence] = (),
+) -> Report:
+    """Ask every rule about the history, and return what they say. A rule that fails stops no other."""
     findings: list[Finding] = []
     unjudged: list[Unjudged] = []
     quiet: list[str] = []
+    switched_off: list[str] = []
     for rule in rules:
-        found, blind = rule.judge(history)
+        if not rule.enabled:
+            switched_off.append(rule.id)
+            continue
+        try:
+            found, blind = rule.judge(history)
+        except Exception as error:
+            found, blind = (), broken(error)
         findings.extend(found)
         if blind is not None:
             unjudged.append(Unjudged(rule.id, blind))
         elif not found:
             quiet.append(rule.id)
     latest = history.latest
+    under = [silence_of(finding, silences, history) for finding in findings]
+    open_findings = [finding for finding, silence in zip(findings, under, strict=True) if silence is None]
     return Report(
         at=latest.at,
         node=latest.node,
-        verdict=verdict_of(findings, latest, optional),
-        findings=in_order_of_cause(findings),
+        verdict=verdict_of(open_findings, latest, optional, unjudged),
+        findings=in_order_of_cause(findings, under),
         unjudged=tuple(unjudged),
         quiet=tuple(quiet),
+        switched_off=tuple(switched_off),
+        silences=tuple(sorted(silences, key=Silence.order)),
         unseen=latest.unseen + passed_over(latest),
         snapshot=latest,
     )
+
+
+def broken(error: Exception) -> Absent:
+    """Return why a rule that failed could not judge."""
+    return Absent(Why.BROKEN, f"the rule failed: {type(error).__name__}: {error}"[:300])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from doctor.rule import Confidence, Finding, Severity, Unjudged
+from doctor.silence import Silence
 from doctor.snapshot import Absent, Node, Snapshot, Source, Unseen, Why
 
 SCHEMA = 1
@@ -22,7 +23,7 @@ class Verdict(enum.Enum):
     WARNING = "warning"
     CRITICAL = "critical"
     INCOMPLETE = "incomplete"
-    """Nothing fired, and an essential source was unseen."""
+    """Nothing fired, and an essential source was unseen, or a rule could not be asked at all."""
 
     @property
     def exit_code(self) -> int:
@@ -38,6 +39,8 @@ class ReportedFinding(msgspec.Struct, frozen=True, kw_only=True):
     """Failure modes of the findings above it that explain it; empty: a root cause."""
     depth: int = 0
     """0 for a root cause, 1 for its consequence, …"""
+    silence: Silence | None = None
+    """Not None: the site wants no alarm for it. It is told, and the verdict leaves it out."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +54,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     unjudged: tuple[Unjudged, ...]
     quiet: tuple[str, ...]
     """Failure modes that were asked about and are not there."""
+    switched_off: tuple[str, ...] = ()
+    """Failure modes that the site does not want to be asked about."""
+    silences: tuple[Silence, ...] = ()
+    """All that the site declares, those that have ended too."""
     unseen: tuple[Unseen, ...]
     snapshot: Snapshot
     """The visit that was judged, for an exporter that shows values."""
@@ -59,6 +66,44 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     def roots(self) -> tuple[ReportedFinding, ...]:
         """The root cause of each incident."""
         return tuple(f for f in self.findings if f.depth == 0)
+
+    @property
+    def open(self) -> tuple[ReportedFinding, ...]:
+        """The findings that are not silenced: those that the verdict counts."""
+        return tuple(f for f in self.findings if f.silence is None)
+
+    @property
+    def leads(self) -> tuple[ReportedFinding, ...]:
+        """The open findings that no other open one stands above: the root causes, as far as none is silenced."""
+        leads: list[ReportedFinding] = []
+        above: int | None = None
+        for reported in self.findings:
+            if above is None or reported.depth <= above:
+                above = None
+                if reported.silence is None:
+                    leads.append(reported)
+                    above = reported.depth
+        return tuple(leads)
+
+    @property
+    def incidents(self) -> tuple[tuple[ReportedFinding, ...], ...]:
+        """The findings by incident: each root cause with its consequences."""
+        incidents: list[list[ReportedFinding]] = []
+        for reported in self.findings:
+            if reported.depth == 0:
+                incidents.append([])
+            incidents[-1].append(reported)
+        return tuple(map(tuple, incidents))
+
+    @property
+    def ended_silences(self) -> tuple[Silence, ...]:
+        """The silences that hold no more."""
+        return tuple(silence for silence in self.silences if not silence.in_force(self.at))
+
+
+def is_open(incident: Iterable[ReportedFinding]) -> bool:
+    """Whether anything of an incident is not silenced."""
+    return any(reported.silence is None for reported in incident)
 
 
 def essential_sources(snapshot: Snapshot) -> frozenset[Source]:
@@ -83,8 +128,13 @@ def passed_over(snapshot: Snapshot) -> tuple[Unseen, ...]:
     )
 
 
-def verdict_of(findings: Sequence[Finding], snapshot: Snapshot, optional: frozenset[Source]) -> Verdict:
-    """Return the verdict: the worst finding's, else whether something essential was unseen."""
+def verdict_of(
+    findings: Iterable[Finding],
+    snapshot: Snapshot,
+    optional: frozenset[Source],
+    unjudged: Iterable[Unjudged] = (),
+) -> Verdict:
+    """Return the verdict: the worst finding's, else whether something essential was unseen or a rule is broken."""
     worst = max((f.severity for f in findings if f.severity is not None), default=None)
     if worst is not None and worst > Severity.NOTICE:
         return Verdict.CRITICAL if worst is Severity.CRITICAL else Verdict.WARNING
@@ -92,6 +142,8 @@ def verdict_of(findings: Sequence[Finding], snapshot: Snapshot, optional: frozen
         why = snapshot.why_unseen(source)
         if why is not None and why.why is not Why.NOT_GIVEN:
             return Verdict.INCOMPLETE
+    if any(answer.why.why is Why.BROKEN for answer in unjudged):
+        return Verdict.INCOMPLETE
     return Verdict.CLEAR if worst is None else Verdict.NOTICE
 
 
@@ -109,16 +161,27 @@ def _may_cause(cause: Finding, consequence: Finding) -> bool:
     return cause.since <= consequence.since + SIMULTANEOUS_SECONDS
 
 
-def in_order_of_cause(findings: Sequence[Finding]) -> tuple[ReportedFinding, ...]:
-    """Put root causes first, worst first, each with its consequences behind it, depth first."""
+Rank = tuple[bool, int, int, float, str, str]
+"""Open before silenced, worse before better, sure before unsure, early before late."""
+
+
+def in_order_of_cause(
+    findings: Sequence[Finding], silences: Sequence[Silence | None] = ()
+) -> tuple[ReportedFinding, ...]:
+    """Put root causes first, worst first, each with its consequences behind it, depth first.
+
+    *silences*: what each finding is under. An incident of which nothing is open comes last.
+    """
+    silences = silences or [None] * len(findings)
     causes = {
         i: [j for j, cause in enumerate(findings) if j != i and _may_cause(cause, f)] for i, f in enumerate(findings)
     }
 
-    def rank(i: int) -> tuple[int, int, float, str, str]:
+    def rank(i: int) -> Rank:
         f = findings[i]
         since = f.since if f.since is not None else float("inf")
-        return (-(f.severity or Severity.NOTICE), -(f.confidence or Confidence.LOW), since, f.failure_mode, f.summary)
+        severity, confidence = f.severity or Severity.NOTICE, f.confidence or Confidence.LOW
+        return (silences[i] is not None, -severity, -confidence, since, f.failure_mode, f.summary)
 
     placed: dict[int, ReportedFinding] = {}
 
@@ -126,11 +189,11 @@ def in_order_of_cause(findings: Sequence[Finding]) -> tuple[ReportedFinding, ...
         if i in placed:
             return
         caused_by = tuple(sorted({findings[j].failure_mode for j in causes[i]})) if depth else ()
-        placed[i] = ReportedFinding(finding=findings[i], caused_by=caused_by, depth=depth)
-        for j in sorted((j for j in causes if i in causes[j]), key=rank):
+        placed[i] = ReportedFinding(finding=findings[i], caused_by=caused_by, depth=depth, silence=silences[i])
+        for j in sorted((j for j in causes if i in causes[j]), key=lambda j: rank(j)[1:]):  # silence moves no link
             place(j, depth + 1)
 
-    def weight(i: int) -> tuple[int, tuple[int, int, float, str, str]]:
+    def weight(i: int) -> tuple[tuple[bool, int], Rank]:
         """Rank an incident by its worst member, so that a notice that explains an outage comes first."""
         reached, todo = {i}, [i]
         while todo:
@@ -139,7 +202,7 @@ def in_order_of_cause(findings: Sequence[Finding]) -> tuple[ReportedFinding, ...
                 if step in of_j and j not in reached:
                     reached.add(j)
                     todo.append(j)
-        return (min(rank(j)[0] for j in reached), rank(i))
+        return (min(rank(j)[:2] for j in reached), rank(i))
 
     for i in sorted((i for i in causes if not causes[i]), key=weight):
         place(i, 0)

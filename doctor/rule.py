@@ -139,6 +139,8 @@ class Rule(Generic[L]):
         self.needs = needs
         self.explains = explains
         self.limits = limits
+        self.enabled = True
+        """False: the site does not want it asked."""
         self.module = judgement.__module__
 
     def __repr__(self) -> str:
@@ -193,7 +195,7 @@ class Rule(Generic[L]):
         return runbook.read(text)
 
     def but(self, **changes: Any) -> Rule[L]:
-        """Return this rule with other `limits` or another `severity`: a site's own choice."""
+        """Return this rule with other `limits`, another `severity`, or not `enabled`: a site's own choice."""
         made = Rule(
             self.judgement,
             id=self.id,
@@ -203,6 +205,7 @@ class Rule(Generic[L]):
             explains=self.explains,
             limits=changes.get("limits", self.limits),
         )
+        made.enabled = changes.get("enabled", self.enabled)
         made.module = self.module
         return made
 

@@ -15,12 +15,14 @@ from exporters.wording import plain
 def rules_screen(rules: Sequence[AnyRule], report: Report, terminal: Terminal | None = None) -> str:
     """Return every failure mode: its severity, what it needs, and whether the node of the report can judge it."""
     terminal = terminal or Terminal()
+    off = frozenset(report.switched_off)
     present = {reported.finding.failure_mode for reported in report.findings}
     blind = {unjudged.failure_mode: plain(str(unjudged.why)) for unjudged in report.unjudged}
     name = 2 + max((len(rule.id) for rule in rules), default=0)
     lines = [terminal.bold(f"{'FAILURE MODE':<{name}}{'SEVERITY':<10}{'HERE':<10}NEEDS")]
     for rule in rules:
-        here = "present" if rule.id in present else "unjudged" if rule.id in blind else "quiet"
+        judged = "present" if rule.id in present else "unjudged" if rule.id in blind else "quiet"
+        here = "off" if rule.id in off else judged
         lead = f"{rule.id:<{name}}{rule.severity.word:<10}{here:<10}"
         lines += wrapped(_needs(rule), terminal.width, first=lead)
     reasons: dict[str, list[str]] = {}
@@ -30,6 +32,8 @@ def rules_screen(rules: Sequence[AnyRule], report: Report, terminal: Terminal | 
         lines += ["", terminal.bold("Unjudged, because")]
     for why, failure_modes in reasons.items():
         lines += wrapped(f"{why}: {', '.join(failure_modes)}", terminal.width, first="  - ")
+    if off:
+        lines += ["", f"{terminal.bold('Off')}: the site's configuration says `enabled = false`"]
     return "\n".join(lines) + "\n"
 
 

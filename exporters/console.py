@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from doctor.report import Report, ReportedFinding, Verdict, essential_sources
+from doctor.report import Report, ReportedFinding, Verdict, essential_sources, is_open
 from doctor.rule import Evidence, Finding, Severity
 from doctor.snapshot import Absent, Snapshot, Unseen, Why, known, or_none
 from exporters.terminal import Terminal, wrapped
@@ -19,6 +19,8 @@ from exporters.wording import (
     plain,
     remedy,
     severity_of,
+    silence_subject,
+    silenced,
     who,
 )
 
@@ -43,9 +45,14 @@ def render(report: Report, terminal: Terminal | None = None) -> str:
     """Return the report as text that ends with a newline."""
     terminal = terminal or Terminal()
     lines = [*_verdict(report, terminal), *_incidents(report, terminal)]
-    if any(_is_about_links(reported.finding) for reported in report.findings):
+    if any(_is_about_links(reported.finding) for reported in report.open):
         lines += _topology(report, terminal)
-    lines += [*_unjudged(report, terminal), *_unseen(report, terminal), *_quiet(report, terminal)]
+    lines += [
+        *_silenced(report, terminal),
+        *_unjudged(report, terminal),
+        *_unseen(report, terminal),
+        *_quiet(report, terminal),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -83,21 +90,23 @@ def _node(report: Report) -> str:
 def _incidents(report: Report, terminal: Terminal) -> Iterator[str]:
     number = 0
     advised: dict[tuple[str, ...], int] = {}
-    for reported in report.findings:
+    shown = [reported for incident in report.incidents if is_open(incident) for reported in incident]
+    for reported in shown:
         yield ""
         if reported.depth == 0:
             number += 1
-            yield from _cause(reported.finding, report.snapshot, terminal, number, advised)
+            yield from _cause(reported, report.snapshot, terminal, number, advised)
         else:
             yield from _consequence(reported, report.snapshot, terminal)
 
 
 def _cause(
-    finding: Finding, snapshot: Snapshot, terminal: Terminal, number: int, advised: dict[tuple[str, ...], int]
+    reported: ReportedFinding, snapshot: Snapshot, terminal: Terminal, number: int, advised: dict[tuple[str, ...], int]
 ) -> Iterator[str]:
+    finding = reported.finding
     lead = f"{number}. "
     indent = " " * len(lead)
-    yield from _name(finding, terminal, lead, indent)
+    yield from _name(reported, terminal, lead, indent)
     yield from wrapped(plain(finding.summary), terminal.width, first=indent)
     about = who(finding, snapshot)
     if about:
@@ -114,7 +123,7 @@ def _consequence(reported: ReportedFinding, snapshot: Snapshot, terminal: Termin
     finding = reported.finding
     lead = "   " * reported.depth + "└─ "
     indent = " " * len(lead)
-    yield from _name(finding, terminal, lead, indent, because=f"because of {listed(reported.caused_by)}")
+    yield from _name(reported, terminal, lead, indent)
     yield from wrapped(plain(finding.summary), terminal.width, first=indent)
     about = who(finding, snapshot)
     if about:
@@ -123,19 +132,24 @@ def _consequence(reported: ReportedFinding, snapshot: Snapshot, terminal: Termin
     yield from _labelled("proof", proofs, terminal, indent, LINES_OF_A_PROOF)
 
 
-def _name(finding: Finding, terminal: Terminal, lead: str, indent: str, because: str = "") -> Iterator[str]:
+def _name(reported: ReportedFinding, terminal: Terminal, lead: str, indent: str) -> Iterator[str]:
+    finding = reported.finding
     severity = severity_of(finding)
     paint = {Severity.CRITICAL: terminal.red, Severity.WARNING: terminal.yellow, Severity.NOTICE: terminal.cyan}[
         severity
     ]
+    if reported.silence is not None:
+        paint = terminal.dim
     facts = [
         f"{severity.word}, {finding.confidence.word} confidence",
-        *([because] if because else []),
+        *([f"because of {listed(reported.caused_by)}"] if reported.depth else []),
         *([f"since {moment(finding.since)}"] if finding.since is not None else []),
     ]
     first, *rest = wrapped(f"{finding.failure_mode} ({'; '.join(facts)})", terminal.width, first=lead, rest=indent)
     yield first.replace(finding.failure_mode, paint(finding.failure_mode), 1)
     yield from rest
+    if reported.silence is not None:
+        yield from _labelled("silenced", [silenced(reported.silence)], terminal, indent)
 
 
 def _proofs(evidence: tuple[Evidence, ...], most: int) -> list[str]:
@@ -189,6 +203,24 @@ def _topology(report: Report, terminal: Terminal) -> list[str]:
         cells = ("X" if row == column else ways.get((row, column), "?") for column in numbers)
         lines.append("  " + "".join(word.rjust(cell) for word in (name, *cells)))
     return lines
+
+
+def _silenced(report: Report, terminal: Terminal) -> Iterator[str]:
+    quiet = [reported for incident in report.incidents if not is_open(incident) for reported in incident]
+    if quiet:
+        yield ""
+        yield f"{terminal.bold('Silenced by the site')}: {counted(len(quiet), 'finding')}, not in the verdict"
+    for reported in quiet:
+        if reported.silence is not None:
+            finding = reported.finding
+            name = f"{finding.failure_mode} ({severity_of(finding).word})"
+            yield from wrapped(f"{name} {silenced(reported.silence)}", terminal.width, first="  - ")
+            yield from wrapped(plain(finding.summary), terminal.width, first="    ")
+    if report.ended_silences:
+        yield ""
+        yield f"{terminal.bold('Silences that have ended')}: renew or remove them"
+    for silence in report.ended_silences:
+        yield from wrapped(f"{silence_subject(silence)}, {silenced(silence)}", terminal.width, first="  - ")
 
 
 def _unjudged(report: Report, terminal: Terminal) -> Iterator[str]:
@@ -254,3 +286,7 @@ def _quiet(report: Report, terminal: Terminal) -> Iterator[str]:
     elif report.quiet and report.findings:
         yield ""
         yield terminal.dim(f"Asked about and not present: {counted(len(report.quiet), 'other failure mode')}.")
+    if report.switched_off:
+        yield ""
+        off = wrapped(f"Switched off by the site: {listed(report.switched_off, NAMES_OF_A_REASON)}.", terminal.width)
+        yield from map(terminal.dim, off)

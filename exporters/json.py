@@ -9,6 +9,7 @@ import msgspec
 
 from doctor.report import SCHEMA, Report, ReportedFinding, Verdict
 from doctor.rule import Confidence, Severity
+from doctor.silence import Silence
 from doctor.snapshot import or_none
 from exporters.wording import plain, severity_of
 
@@ -49,6 +50,23 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     pids: list[int]
 
 
+class Silenced(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a finding raises no alarm: the site said so."""
+
+    until: UnixTime
+    reason: str
+    by: str
+
+
+class DeclaredSilence(Silenced, frozen=True, kw_only=True):
+    """A silence that the site declares."""
+
+    failure_mode: str
+    gpus: Annotated[list[str], msgspec.Meta(description="As declared: UUIDs, PCI addresses or indices; empty: any")]
+    engine: Annotated[str, msgspec.Meta(description="As declared; empty: any")]
+    ended: Annotated[bool, msgspec.Meta(description="It holds no more: renew it or remove it")]
+
+
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """A failure mode that is present."""
 
@@ -63,6 +81,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     since: UnixTime | None
     advice: Annotated[list[str], msgspec.Meta(description="What to try, in this order")]
     runbook: Annotated[str, msgspec.Meta(description="The command that shows the runbook")]
+    silenced: Annotated[Silenced | None, msgspec.Meta(description="Not null: the verdict leaves it out")]
 
 
 class Unjudged(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +111,8 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     ]
     unjudged: list[Unjudged]
     quiet: Annotated[list[str], msgspec.Meta(description="Failure modes that were asked about and are not there")]
+    switched_off: Annotated[list[str], msgspec.Meta(description="Failure modes that the site does not ask about")]
+    silences: Annotated[list[DeclaredSilence], msgspec.Meta(description="All that the site declares, by their end")]
     unseen: list[Unseen]
 
 
@@ -120,6 +141,8 @@ def document(report: Report) -> Document:
         findings=[_finding(reported) for reported in report.findings],
         unjudged=[Unjudged(failure_mode=u.failure_mode, why=plain(str(u.why))) for u in report.unjudged],
         quiet=list(report.quiet),
+        switched_off=list(report.switched_off),
+        silences=[_declared(silence, report.at) for silence in report.silences],
         unseen=[Unseen(source=u.source.value, what=plain(u.what), why=plain(str(u.why))) for u in report.unseen],
     )
 
@@ -145,4 +168,23 @@ def _finding(reported: ReportedFinding) -> Finding:
         since=finding.since,
         advice=[plain(advice) for advice in finding.advice],
         runbook=f"gpu-doctor explain {finding.failure_mode}",
+        silenced=_silenced(reported.silence),
+    )
+
+
+def _silenced(silence: Silence | None) -> Silenced | None:
+    if silence is None:
+        return None
+    return Silenced(until=float(silence.until), reason=plain(silence.reason), by=plain(silence.by))
+
+
+def _declared(silence: Silence, at: float) -> DeclaredSilence:
+    return DeclaredSilence(
+        failure_mode=silence.rule,
+        gpus=[plain(str(name)) for name in silence.gpus],
+        engine=plain(silence.engine),
+        until=float(silence.until),
+        reason=plain(silence.reason),
+        by=plain(silence.by),
+        ended=not silence.in_force(at),
     )

@@ -5,10 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from doctor.report import Report
-from doctor.rule import Evidence, Finding
+from doctor.report import Report, ReportedFinding, is_open
+from doctor.rule import Evidence
 from doctor.snapshot import Snapshot, or_none
-from exporters.wording import SOURCE_NAMES, counted, headline, listed, moment, plain, severity_of, who
+from exporters.wording import (
+    SOURCE_NAMES,
+    counted,
+    headline,
+    listed,
+    moment,
+    plain,
+    severity_of,
+    silence_subject,
+    silenced,
+    who,
+)
 
 _SPECIAL = re.compile(r"[\\`*\[\]<>|#~&]|(?<!\w)_|_(?!\w)")
 _CODE = re.compile(r"(`[^`]+`)")
@@ -16,7 +27,7 @@ _CODE = re.compile(r"(`[^`]+`)")
 
 def render(report: Report) -> str:
     """Return the report as a Markdown document that ends with a newline."""
-    return "\n".join([*_head(report), *_findings(report), *_blind_spots(report)]) + "\n"
+    return "\n".join([*_head(report), *_findings(report), *_silenced(report), *_blind_spots(report)]) + "\n"
 
 
 def prose(text: str) -> str:
@@ -51,7 +62,8 @@ def _head(report: Report) -> Iterator[str]:
 
 def _findings(report: Report) -> Iterator[str]:
     number = 0
-    for reported in report.findings:
+    shown = [reported for incident in report.incidents if is_open(incident) for reported in incident]
+    for reported in shown:
         finding = reported.finding
         yield ""
         if reported.depth == 0:
@@ -62,7 +74,7 @@ def _findings(report: Report) -> Iterator[str]:
         yield ""
         yield prose(finding.summary)
         yield ""
-        yield from _facts(finding, reported.caused_by, report.snapshot)
+        yield from _facts(reported, report.snapshot)
         yield ""
         yield "Proof:"
         yield ""
@@ -74,11 +86,14 @@ def _findings(report: Report) -> Iterator[str]:
             yield from (f"{step}. {advice_of(advice)}" for step, advice in enumerate(finding.advice, 1))
 
 
-def _facts(finding: Finding, caused_by: tuple[str, ...], snapshot: Snapshot) -> Iterator[str]:
+def _facts(reported: ReportedFinding, snapshot: Snapshot) -> Iterator[str]:
+    finding, caused_by = reported.finding, reported.caused_by
     about = who(finding, snapshot)
     if about:
         yield f"- Who: {prose(about)}"
     yield f"- Severity: {severity_of(finding).word}, {finding.confidence.word} confidence"
+    if reported.silence is not None:
+        yield f"- Silenced by the site {prose(silenced(reported.silence))}"
     if caused_by:
         yield f"- Because of: {listed(f'`{cause}`' for cause in caused_by)}"
     if finding.since is not None:
@@ -93,6 +108,24 @@ def _fenced(evidence: tuple[Evidence, ...]) -> Iterator[str]:
     yield f"{fence}text"
     yield from lines
     yield fence
+
+
+def _silenced(report: Report) -> Iterator[str]:
+    quiet = [reported for incident in report.incidents if not is_open(incident) for reported in incident]
+    if quiet:
+        yield ""
+        yield f"## Silenced by the site: {counted(len(quiet), 'finding')}, not in the verdict"
+        yield ""
+    for reported in quiet:
+        if reported.silence is not None:
+            finding = reported.finding
+            yield f"- `{finding.failure_mode}` ({severity_of(finding).word}), {prose(silenced(reported.silence))}"
+            yield f"  {prose(finding.summary)}"
+    if report.ended_silences:
+        yield ""
+        yield "## Silences that have ended: renew or remove them"
+        yield ""
+        yield from (f"- {prose(f'{silence_subject(s)}, {silenced(s)}')}" for s in report.ended_silences)
 
 
 def _blind_spots(report: Report) -> Iterator[str]:
@@ -111,3 +144,6 @@ def _blind_spots(report: Report) -> Iterator[str]:
     if report.quiet:
         yield ""
         yield f"Asked about and not present: {', '.join(f'`{failure_mode}`' for failure_mode in report.quiet)}."
+    if report.switched_off:
+        yield ""
+        yield f"Switched off by the site: {', '.join(f'`{failure_mode}`' for failure_mode in report.switched_off)}."

@@ -24,11 +24,12 @@ SUMMARY_WIDTH = 300
 def render(report: Report) -> str:
     """Return the status line with a newline at its end."""
     text = headline(report)
-    if report.roots and report.verdict is not Verdict.INCOMPLETE:
-        first = report.roots[0].finding
+    if report.leads and report.verdict is not Verdict.INCOMPLETE:
+        first = report.leads[0].finding
         text = f"{first.failure_mode}: {cut(plain(first.summary), SUMMARY_WIDTH)} ({text})"
-    severities = Counter(severity_of(reported.finding) for reported in report.findings)
+    severities = Counter(severity_of(reported.finding) for reported in report.open)
     data = {severity.word: severities[severity] for severity in reversed(Severity)}
-    data |= {"unjudged": len(report.unjudged), "quiet": len(report.quiet), "gpus": len(report.snapshot.gpus)}
+    data |= {"silenced": len(report.findings) - len(report.open), "unjudged": len(report.unjudged)}
+    data |= {"quiet": len(report.quiet), "gpus": len(report.snapshot.gpus)}
     performance = " ".join(f"{name}={value}" for name, value in data.items())
     return f"GPU-DOCTOR {STATUS[report.verdict]} - {text.replace('|', '/')} | {performance}\n"

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 
 from doctor.report import Report, Verdict, essential_sources
 from doctor.rule import Finding, Severity
+from doctor.silence import Silence
 from doctor.snapshot import Absent, Snapshot, Source, Why, or_none
 
 _ESCAPE = re.compile(
@@ -109,6 +110,20 @@ def severity_of(finding: Finding) -> Severity:
     return finding.severity or Severity.NOTICE
 
 
+def silenced(silence: Silence) -> str:
+    """Return `until 2026-12-01 00:00:00 UTC by jo: the riser is ordered`."""
+    by = f" by {plain(silence.by)}" if silence.by else ""
+    return f"until {moment(silence.until)}{by}: {plain(silence.reason)}"
+
+
+def silence_subject(silence: Silence) -> str:
+    """Return what a silence is about: `gpu-lost of GPU 3, vllm.service`."""
+    gpus = [f"GPU {name}" if str(name).isdecimal() else plain(str(name)) for name in silence.gpus]
+    return plain(silence.rule) + (
+        f" of {listed(parts)}" if (parts := [*gpus, *filter(None, [plain(silence.engine)])]) else ""
+    )
+
+
 def who(finding: Finding, snapshot: Snapshot) -> str:
     """Return who a finding is about, in one line; empty where that is the whole node."""
     subject = finding.subject
@@ -146,26 +161,32 @@ def engine_name(engine_id: str, snapshot: Snapshot) -> str:
 
 def headline(report: Report, width: int | None = None) -> str:
     """Return the verdict in one line, without its word; what is cut to fit *width* is a title or a list."""
-    roots = report.roots
+    leads = report.leads
+    silent = len(report.findings) - len(report.open)
     if report.verdict is Verdict.INCOMPLETE:
-        fired = f"only {counted(len(report.findings), 'notice')}" if roots else "nothing"
-        spots = _blind_spots(report)
-        text = f"{fired} fired, but {listed(spots)} could not be seen"
+        fired = f"only {counted(len(report.open), 'notice')}" if leads else "nothing"
+        spots, broken = _blind_spots(report), broken_rules(report)
+        blind = [f"{listed(spots)} could not be seen"] if spots else []
+        blind += [f"{listed(broken, most=2)} could not be asked"] if broken else []
+        text = f"{fired} fired, but {listed(blind) or 'an essential source could not be seen'}"
         if _has_no_driver(report):
             others = listed(spot for spot in spots if spot != SOURCE_NAMES[Source.NVML])
             text = "there is no NVIDIA driver here" + (f", and {others} could not be seen" if others else "")
+        text += f"; {counted(silent, 'silenced finding')}" if silent else ""
         return text if width is None else cut(text, width)
-    if not roots:
+    if not leads:
         blind = f", {len(report.unjudged)} could not be judged" if report.unjudged else ""
-        return f"{counted(len(report.quiet), 'failure mode')} asked about, none present{blind}"
-    notices = sum(severity_of(root.finding) is Severity.NOTICE for root in roots[1:])
+        none = f"none present but {counted(silent, 'silenced finding')}" if silent else "none present"
+        return f"{counted(len(report.quiet), 'failure mode')} asked about, {none}{blind}"
+    notices = sum(severity_of(lead.finding) is Severity.NOTICE for lead in leads[1:])
     counts = {
-        "consequence": len(report.findings) - len(roots),
-        "further incident": len(roots) - 1 - notices,
+        "consequence": len(report.open) - len(leads),
+        "further incident": len(leads) - 1 - notices,
         "further notice": notices,
+        "silenced finding": silent,
     }
     tail = "".join(f"; {counted(number, noun)}" for noun, number in counts.items() if number)
-    title = plain(roots[0].finding.title)
+    title = plain(leads[0].finding.title)
     return (title if width is None else cut(title, width - len(tail))) + tail
 
 
@@ -177,7 +198,12 @@ def _has_no_driver(report: Report) -> bool:
 def _blind_spots(report: Report) -> list[str]:
     essential = essential_sources(report.snapshot)
     whole = [u.source for u in report.unseen if not u.what and u.source not in report.snapshot.seen]
-    return [SOURCE_NAMES[source] for source in dict.fromkeys(whole) if source in essential] or ["an essential source"]
+    return [SOURCE_NAMES[source] for source in dict.fromkeys(whole) if source in essential]
+
+
+def broken_rules(report: Report) -> list[str]:
+    """Return the failure modes whose rules were refused or failed."""
+    return [plain(unjudged.failure_mode) for unjudged in report.unjudged if unjudged.why.why is Why.BROKEN]
 
 
 SOURCE_NAMES = {
@@ -190,6 +216,7 @@ SOURCE_NAMES = {
     Source.MODEL: "the model's configuration",
     Source.FABRIC_MANAGER: "the fabric manager",
     Source.HOST: "the host",
+    Source.RECORDER: "the flight recorder",
 }
 """Sources as a sentence names them."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from doctor.report import Report, in_order_of_cause, verdict_of
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, Unjudged
 from doctor.snapshot import (
+    OF_A_NODE,
     Absent,
     Clocks,
     CollectorRun,
@@ -37,7 +38,7 @@ AT = 1_790_000_000.0
 """2026-09-21 14:13:20 UTC."""
 ENGINE = "4711@1789990000"
 QUIET = ("mig-misconfigured", "cooling-insufficient", "power-transient")
-EVERYTHING = tuple(Source)
+EVERYTHING = OF_A_NODE
 
 
 def uuid(index: int) -> str:
@@ -278,7 +279,7 @@ def no_driver() -> Report:
 def half_blind() -> Report:
     """A hint, and a driver that does not answer."""
     hung = Absent(Why.TIMED_OUT, "nvml has not answered for 5.0 s")
-    visit = snapshot(FOUR, seen=tuple(s for s in Source if s is not Source.NVML), unseen=(Unseen(Source.NVML, hung),))
+    visit = snapshot(FOUR, seen=tuple(s for s in EVERYTHING if s is not Source.NVML), unseen=(Unseen(Source.NVML, hung),))
     return report(visit, HINT, unjudged=(Unjudged("nvlink-degraded", hung),))
 
 

@@ -16,6 +16,7 @@ FLOORS = (
     ("doctor.door",),
     ("doctor.diagnose", "exporters"),
     ("rules", "doctor.report", "doctor.config", "doctor.feeds"),
+    ("doctor.silence",),
     ("doctor.symptoms", "doctor.rule", "doctor.collectors", "doctor.simulation"),
     ("doctor.history", "doctor.machine", "doctor.readers"),
     ("doctor.snapshot",),

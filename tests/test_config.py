@@ -40,7 +40,9 @@ def test_a_site_changes_a_limit_and_leaves_the_others(tmp_path: Path) -> None:
 
 
 def test_a_site_can_switch_a_rule_off(tmp_path: Path) -> None:
-    assert config.lay_over([RULE], site(tmp_path, "[rules.a-rule]\nenabled = false")) == ()
+    (rule,) = config.lay_over([RULE], site(tmp_path, "[rules.a-rule]\nenabled = false"))
+    assert not rule.enabled
+    assert RULE.enabled
 
 
 def test_optional_sources_go_by_their_names(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_finding_says_who_what_why_and_how_sure() -> None:
     lost, timeout, _ = document["findings"]
     assert list(lost) == [
         "failure_mode", "severity", "confidence", "title", "summary", "subject", "evidence", "caused_by", "since",
-        "advice", "runbook",
+        "advice", "runbook", "silenced",
     ]  # fmt: skip
     assert (lost["severity"], lost["confidence"], lost["caused_by"]) == ("critical", "high", [])
     assert lost["subject"] == {"gpus": [reports.uuid(2)], "links": [], "ranks": [], "engine": "", "pids": []}

@@ -35,4 +35,4 @@ def test_the_line_names_the_root_cause() -> None:
     line = nagios.render(reports.lost_gpu())
     assert line.startswith("GPU-DOCTOR CRITICAL - gpu-lost: GPU 2 (0000:38:00.0) fell off the bus at 14:12:40")
     assert "2 consequences" in line
-    assert line.endswith("| critical=3 warning=0 notice=0 unjudged=1 quiet=3 gpus=4\n")
+    assert line.endswith("| critical=3 warning=0 notice=0 silenced=0 unjudged=1 quiet=3 gpus=4\n")
