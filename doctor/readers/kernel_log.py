@@ -25,8 +25,9 @@ REPEATS = 32
 EVENTS_MAX = 2000
 """Events that a `feed` returns at most; further ones are counted in `dropped`."""
 
-BURST_SECONDS = 180.0
-"""Later than this after the last one that was kept, an event is a new burst and is kept (XID guide: 3 minutes)."""
+KEEP_SECONDS = 90.0
+"""Later than this after the last one that was kept, an event is kept: half of the 3 minutes that part two bursts, so that
+what is left of one that goes on shows no such gap."""
 
 _NEEDLES = (
     b"NVRM:",
@@ -225,8 +226,8 @@ class KernelLogReader:
         key = _likeness(event)
         count, last = self._kept.get(key, (0, None))
         count += 1
-        new_burst = event.at is not None and last is not None and event.at - last > BURST_SECONDS
-        keeps = len(events) < EVENTS_MAX and (count <= REPEATS or count & (count - 1) == 0 or new_burst)
+        later = event.at is not None and last is not None and event.at - last > KEEP_SECONDS
+        keeps = len(events) < EVENTS_MAX and (count <= REPEATS or count & (count - 1) == 0 or later)
         self._kept[key] = (count, event.at if keeps else last)
         return keeps
 
