@@ -1,12 +1,13 @@
 """Write what the documentation says about the code from the code: `make docs`.
 
-Tables of failure modes and metrics, the schema of the report, and the picture of a terminal in the README,
+Tables of failure modes, metrics and the samples' scoring, the schema of the report, and the picture of a terminal in the README,
 which is a real run on a simulated node.
 """
 
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -14,7 +15,7 @@ from xml.sax.saxutils import escape
 from doctor.diagnose import watch
 from exporters import catalogue, console
 from exporters import json as json_report
-from exporters.prometheus import Tally, families
+from exporters.prometheus import Own, Tally, families
 from exporters.terminal import Terminal
 from rules import RULES
 
@@ -30,6 +31,9 @@ def generated() -> Iterator[tuple[str, str]]:
     yield "docs/failure-modes.md", f"# Failure modes\n\nGenerated from the rules by `make docs`.\n\n{table}"
     yield "docs/metrics.md", metrics()
     yield "docs/report.schema.json", json_report.schema().decode()
+    confusion = runpy.run_path(str(ROOT / "docs" / "confusion.py"))["page"]()
+    if confusion is not None:
+        yield "docs/confusion.md", confusion
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     yield "README.md", between_marks(readme, "failure modes", catalogue.rules_markdown(RULES, "rules/"))
 
@@ -47,7 +51,7 @@ def metrics() -> str:
     """Return every metric as a Markdown table."""
     rows = [
         f"| `{family.name}` | {family.kind} | {', '.join(f'`{label}`' for label in family.labels)} | {family.help} |"
-        for family in families(None, Tally(), "")
+        for family in families(None, Tally(), Own(version=""))
     ]
     head = (
         "# Metrics\n\nGenerated from the exporter by `make docs`. A value that was not seen has no sample; when the last\n"

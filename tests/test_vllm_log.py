@@ -450,3 +450,23 @@ def test_no_line_that_holds_a_literal_is_passed_over_unread(literal: str) -> Non
     assert vllm_log.holds_literal(literal.encode())
     assert vllm_log.holds_literal(f"(Worker pid=1) WARNING 11-21 07:35:02 [x.py:1] and:{literal}\u2026".encode())
     assert not vllm_log.holds_literal(b"WARNING 11-21 07:35:02 [x.py:1] an ordinary line")
+
+
+@pytest.mark.parametrize(
+    ("line", "signal", "kind"),
+    [
+        ("AssertionError: local_world_size (16) must be less than or equal to the number of visible devices (8).", "launch-error", "world-size"),
+        ("(autoscaler +3m2s) Error: No available node types can fulfill resource request {'GPU': 1.0}.", "launch-error", "world-size"),
+        ("pod/vllm-0  0/1  OOMKilled  3", "worker-died", "host-memory"),
+        ("vllm-1 exited with code 137", "worker-died", None),
+        ("nvidia-container-cli: initialization error: nvml error: driver/library version mismatch: unknown.", "nvml-error", "driver-library-mismatch"),
+        ("  what():  Error (drv.cpp:298): system not yet initialized", "cuda-error", "system-not-initialized"),
+        ("INFO 03-04 05:06:07 [gpu_worker.py:298] Available KV cache memory: -2.77 GiB", "no-kv-blocks", None),
+        ("ValueError: Free memory on device cuda:0 (13.30/15.40 GiB", "free-memory-below-utilization", None),
+        ("ValueError: To serve at least one request with the model's max seq len (4096), (4.2 GiB KV cach", "kv-cache-too-small", None),
+        ("INFO 03-04 05:06:07 [launcher.py:80] Shutting down FastAPI HTTP server.", "shutdown", None),
+    ],
+)  # fmt: skip
+def test_what_a_cut_or_foreign_line_says(line: str, signal: str, kind: str | None) -> None:
+    (event,) = vllm_log.read(f"{line}\n".encode(), "a.log", 0.0).events
+    assert (event.signal, event.facts.get("kind")) == (signal, kind)

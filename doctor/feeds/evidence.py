@@ -35,6 +35,7 @@ from doctor.readers import (
     vllm_metrics,
 )
 from doctor.readers.vllm_log import LogReader
+from doctor.readers.wrapping import unwrapped
 from doctor.snapshot import (
     OF_A_NODE,
     Absent,
@@ -326,7 +327,7 @@ _ENGINE_RECORD = re.compile(
 """Records of vLLM and of its web server, and what Python prints when it fails."""
 
 _ENGINE_TRACE = re.compile(
-    rb"NCCL (?:INFO|WARN|ERROR)|ProcessGroupNCCL|\[rank\d+\]|CUDA error|CUDA out of memory|Failed to initialize NVML"
+    rb"nvml error: |NCCL (?:INFO|WARN|ERROR)|ProcessGroupNCCL|\[rank\d+\]|CUDA error|CUDA out of memory|Failed to initialize NVML"
     rb"|^\w*(?:Error|Exception): ",
     re.MULTILINE,
 )
@@ -401,6 +402,7 @@ class _Gathered:
             data = self._without_documents(
                 bare, name
             )  # a part of `nvidia-smi -q` is indented by nature, others are not
+        data = unwrapped(data)
         is_kernel = kernel_log.recognises(data)
         is_engine = _ENGINE_RECORD.search(data) is not None or (
             not is_kernel and _ENGINE_TRACE.search(data) is not None

@@ -44,7 +44,7 @@ IDENTITY = (
 )  # fmt: skip
 
 ALL_REDUCE = (
-    Signal("custom-allreduce-off-pcie", "supported on more than two PCIe-only GPUs"),
+    Signal("custom-allreduce-off-pcie", "supported on more than two PCIe-only GPU"),
     Signal("custom-allreduce-off-p2p", "platform lacks GPU P2P capability or P2P test failed"),
     Signal("custom-allreduce-off-world-size", "Custom allreduce is disabled due to an unsupported world size", r"world size: (?P<world_size>\d+)"),
     Signal("custom-allreduce-off-nodes", "process group spans across nodes"),
@@ -82,14 +82,17 @@ MEMORY = (
     Signal("cuda-out-of-memory", "Cuda failure", r"Cuda failure (?:2 )?'out of memory'"),
     Signal("cuda-out-of-memory", "CUBLAS_STATUS_ALLOC_FAILED"),
     Signal("free-memory-below-utilization", "Free memory on device", r"Free memory on device (?:cuda:(?P<gpu>\d+) )?\((?P<free_gib>[\d.]+)/(?P<total_gib>[\d.]+) GiB\) on startup is less than [^(]*\((?P<utilization>[\d.]+), (?P<wanted_gib>[\d.]+) GiB\)"),
+    Signal("free-memory-below-utilization", "Free memory on device", r"Free memory on device .{0,12}\([\d.]+/[\d.]+ GiB"),
     Signal("free-memory-below-utilization", " on startup is less than "),
     Signal("host-memory-too-small", "Available memory on node ", r"\((?P<free_gib>[\d.]+)/(?P<total_gib>[\d.]+) GiB\).* is less than .*?(?P<wanted_gib>[\d.]+) GiB\)"),
     Signal("memory-profiling-disturbed", "Error in memory profiling."),
     Signal("no-kv-blocks", "No available memory for the cache blocks"),
     Signal("kv-cache-too-small", "max seq len (", r"max seq len \((?P<max_model_len>\d+)\),? \((?P<needed_gib>[\d.]+) Gi?B KV cache is needed, which is larger than the available KV cache memory \((?P<available_gib>[\d.]+) Gi?B\)(?:.*?estimated maximum model length is (?P<estimated_max_model_len>\d+))?"),
     Signal("kv-cache-too-small", "max seq len (", r"max seq len \((?P<max_model_len>\d+)\) is larger than the maximum number of tokens that can be stored in KV cache \((?P<tokens>\d+)\)"),
+    Signal("kv-cache-too-small", "max seq len (", r"max seq len \((?P<max_model_len>\d+)\),? (?:is larger than|\(?[\d.]+ GiB)"),
     Signal("kv-cache-too-small", "which is larger than the available KV cache memory"),
     Signal("kv-cache-too-small", "number of tokens that can be stored in KV cache"),
+    Signal("no-kv-blocks", "Available KV cache memory: -", informs=True),
     Signal("kv-cache-memory", "Available KV cache memory: ", r"^Available KV cache memory: (?P<gib>-?[\d.]+) GiB", informs=True),
     Signal("kv-cache-size", " KV cache size: ", r"^\w+ KV cache size: (?P<tokens>[\d,]+) tokens", informs=True),
     Signal("preemption", "is preempted by", r"total_num_cumulative_preemption=(?P<total>\d+)"),
@@ -110,6 +113,7 @@ LIFE = (
     Signal("shutdown", "Application shutdown complete", informs=True),
     Signal("shutdown", "Shutting down", r"^(?:INFO:\s+)?Shutting down$", informs=True),
     Signal("shutdown", "Gracefully stopping http server", informs=True),
+    Signal("shutdown", "Shutting down FastAPI HTTP server", informs=True),
     Signal("shutdown", "Received SIG", r"^Received (?P<by>SIG(?:TERM|INT))", informs=True),
     Signal("shutdown", "KeyboardInterrupt", r"^KeyboardInterrupt(?:: terminated)?$"),
     Signal("engine-fatal", "EngineCore encountered a fatal error"),
@@ -134,6 +138,9 @@ LIFE = (
     Signal("worker-died", " died unexpectedly", r"(?:proc(?:ess)?|RayWorkerProc) (?P<name>\S+) died unexpectedly(?: \(exit code: (?P<exit_code>-?\d+)\))?"),
     Signal("worker-died", " died, exit code: ", r"Worker (?P<name>\S+) pid (?P<worker_pid>\d+) died, exit code: (?P<exit_code>-?\d+)"),
     Signal("worker-died", "engine core exited unexpectedly"),
+    Signal("worker-died", " exited with exit code ", r"exited with exit code (?P<exit_code>1[34]\d|-\d+)"),
+    Signal("worker-died", " exited with code ", r"exited with code (?P<exit_code>1[34]\d)"),
+    Signal("worker-died", "OOMKilled", kind="host-memory"),
     Signal("worker-died", "killed due to the node running low on memory", kind="host-memory"),
     Signal("worker-died", "worker died or was killed while executing"),
     Signal("worker-died", "The actor died unexpectedly before finishing"),
@@ -216,7 +223,7 @@ CUDA = (
 )  # fmt: skip
 
 NVML = (
-    Signal("nvml-error", "Driver/library version mismatch", kind="driver-library-mismatch"),
+    Signal("nvml-error", "river/library version mismatch", kind="driver-library-mismatch"),
     Signal("nvml-error", "NVML/RM version mismatch", kind="driver-library-mismatch"),
     Signal("nvml-error", "NVMLError_LibRmVersionMismatch", kind="driver-library-mismatch"),
     Signal("nvml-error", "GPU is lost", kind="gpu-lost"),
@@ -255,6 +262,8 @@ LAUNCH = (
     Signal("launch-error", "cannot be larger than the number of available GPUs", kind="world-size"),
     Signal("launch-error", "please ensure that world_size", r"world_size \((?P<world_size>\d+)\) is less than than max local gpu count \((?P<gpus>\d+)\)", kind="world-size"),
     Signal("launch-error", "exceeds the total number of available", r"number of required \w+ exceeds", kind="world-size"),
+    Signal("launch-error", "equal to the number of visible devices", r"local_world_size \((?P<world_size>\d+)\).* visible devices \((?P<gpus>\d+)\)", kind="world-size"),
+    Signal("launch-error", "No available node types can fulfill resource request", r"'GPU'", kind="world-size"),
     Signal("launch-error", "Current node has no GPU available", kind="world-size"),
     Signal("launch-error", "Cannot provide a placement group of", kind="world-size"),
     Signal("launch-error", " exceeds available GPUs (", r"size \((?P<world_size>\d+)\) exceeds available GPUs \((?P<gpus>\d+)\)", kind="world-size"),
@@ -365,7 +374,7 @@ GATE = (
     "rror", "not ", "iled", "able", "ion ", "cted", "nval", "ed o", " mem", "size", "Not ", "ptio", "UDA_", "capt", " too",
     "back", "ess ", " fai", "_STA", "trig", "NCCL", "t co", " cal", " dri", " sto", "ax_m", "len ", "ault ", "ived", "LLM ",
     "or F", "Avg ", "has ", " dev", "oad ", "d wo", " sig", "ned ", "PU i", "Repo", "Keyb", "SIGB", "SIGS", "Shut", "Symm",
-    "tchd", "ansp", "trus", "d rep", "ted b", "Killed", "PTXA", "ptxas", "suppo",
+    "tchd", "ansp", "trus", "d rep", "ted b", "Killed", "PTXA", "ptxas", "suppo", "exited",
 )  # fmt: skip
 """Every literal holds at least one of these, which few ordinary lines do: a line with none of them is not looked at.
 
