@@ -80,6 +80,14 @@ def _kernel(history: History, limits: Limits) -> Iterator[Loss]:
         for message in of_this_boot(history)
         if isinstance(message, NvidiaMessage) and message.kind == "gpu-lost" and message.pci_address
     ]
+    kernel = [e for e in of_this_boot(history) if isinstance(e, NvidiaMessage)]
+    if all(message.kind != "api-mismatch" for message in kernel):  # a module without its firmware can't start any
+        read = {gpu.pci_address for gpu in history.latest.gpus}
+        said += [
+            (message.pci_address, "the driver could not start it", message)
+            for message in kernel
+            if message.kind == "init-failed" and message.pci_address and message.pci_address not in read
+        ]
     for pci_address, words, line in said:
         over = answered_since(history, pci_address, line.at)
         if not over or history.now - (line.at or history.now) <= limits.recovered_seconds:
@@ -94,6 +102,10 @@ def _nvml(history: History) -> Iterator[Loss]:
             proof = Evidence(Source.NVML.value, f"GPU {gpu.index}", "NVML answers GPU_IS_LOST")
             address = gpu.pci_address if known(gpu.pci_address) else gpu.uuid
             yield Loss(address, "NVML answers GPU_IS_LOST", proof, since, Confidence.HIGH)
+        elif isinstance(gpu.lost, Absent) and gpu.lost.why is Why.FAILED:
+            words = f"nvidia-smi can't read it ({gpu.lost.detail.strip()})" if gpu.lost.detail else "NVML can't read it"
+            address = gpu.pci_address if known(gpu.pci_address) else gpu.uuid
+            yield Loss(address, words, Evidence(Source.NVML.value, f"GPU {gpu.index}", words), None, Confidence.MEDIUM)
 
 
 def _missing(history: History) -> Iterator[Loss]:

@@ -72,6 +72,8 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
         yield _finding(troubles)
     elif switches and history.latest.why_unseen(Source.FABRIC_MANAGER) is not None:
         yield Absent(Why.NOT_ASKED, "this board has NVSwitches, and its fabric manager was not seen")
+    elif switches is None and history.latest.fabric_manager.running is False:
+        yield Absent(Why.NOT_GIVEN, "the fabric manager does not run; whether this board needs it was not seen")
 
 
 def _switches_may_be_hidden(snapshot: Snapshot) -> bool:
@@ -117,6 +119,12 @@ def _manager_of_some_board(history: History) -> Iterator[Trouble]:
             Confidence.LOW,
             Severity.WARNING,
         )
+    for message in standing_messages(history):
+        if message.kind == "version-mismatch":  # it found the driver and refused to start
+            proof = Evidence(Source.FABRIC_MANAGER.value, message.where, message.text)
+            yield Trouble(
+                f"its manager reports: {message.text}", proof, Confidence.MEDIUM, Severity.WARNING, at=message.at
+            )
 
 
 def _just_booted(snapshot: Snapshot, limits: Limits) -> bool:

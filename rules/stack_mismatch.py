@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from doctor.history import History
@@ -33,6 +34,9 @@ WORDS = {
     "nccl-driver-too-old": "the driver is older than NCCL's minimum",
 }
 """By the kind of the signal, or its name where it has none."""
+
+_VERSIONS = re.compile(r"has the version ([\d.]+\d),? .*module has\s+the version ([\d.]+\d)")
+"""The kernel's sentence: the client's version, the module's."""
 
 SIGNALS = ("cuda-error", "nvml-error", "library-mismatch", "nccl-driver-too-old")
 
@@ -107,8 +111,11 @@ def _module_mismatch(history: History) -> Iterator[Finding]:
     differ = known(module) and len(numbers(of_library)) >= 2 and numbers(of_library) != numbers(module)
     why = latest.why_unseen(Source.NVML)
     said = why is not None and ("version mismatch" in why.detail)
-    if not (differ or said):
+    refused = bool(texts) and Source.NVML not in latest.seen  # where NVML answers, it was a client of its own
+    if not (differ or said or refused):
         return
+    if not (differ or said) and (versions := _VERSIONS.search(texts[-1].text)):
+        of_library, module = versions[1], versions[2]
     proof = [Evidence(Source.KERNEL_LOG.value, e.where, e.text) for e in texts[-1:]]
     if differ:
         proof.insert(

@@ -265,7 +265,15 @@ def _matches(pattern: str) -> Callable[[str], _Spans]:
 _KINDS = (
     _Kind("collect-env", (b"PyTorch version", b"System Info"), collect_env.find),
     _Kind(
-        "smi-q", (b"NVSMI LOG", b"\nGPU 0", b"    Temperature", b"    Fabric", b"device handle for"), nvidia_smi_q.find
+        "smi-q",
+        (
+            b"NVSMI LOG",
+            b"GPU 0000",
+            b"device handle for",
+            *(b"    " + part for part in (b"Temperature", b"Fabric", b"ECC ", b"Remapped ", b"Retired ", b"PCI\n")),
+            *(b"    " + part for part in (b"Clocks", b"MIG Mode", b"FB Memory", b"Power Readings", b"GPU Power")),
+        ),
+        nvidia_smi_q.find,
     ),
     _Kind("topo", (b"GPU0",), topo_matrix.find),
     _Kind("smi-table", (b"| NVIDIA-SMI ",), nvidia_smi_table.find),
@@ -298,8 +306,11 @@ _KINDS = (
     ),
     _Kind(
         "smi-refusal",
-        (b"NVIDIA-SMI has failed", b"No devices were found"),
-        _matches(r"^(?:NVIDIA-SMI has failed|No devices were found)[^\n]*"),
+        (b"NVIDIA-SMI has failed", b"No devices were found", b"Failed to initialize NVML"),
+        _matches(
+            r"^(?:NVIDIA-SMI has failed|No devices were found"
+            r"|Failed to initialize NVML: (?!Driver/library version mismatch))[^\n]*"
+        ),
     ),
     _Kind("dmon", (b"# gpu ",), _matches(r"^# gpu +(?:\w+ +)+\n(?:(?:#|\s+\d)[^\n]*\n?)*")),
     _Kind("dcgm", (b"Overall Health",), _matches(r"^\|[^\n]*Overall Health[^\n]*\n(?:[|+][^\n]*\n?)*")),
@@ -328,7 +339,7 @@ _ENGINE_RECORD = re.compile(
 
 _ENGINE_TRACE = re.compile(
     rb"nvml error: |NCCL (?:INFO|WARN|ERROR)|ProcessGroupNCCL|\[rank\d+\]|CUDA error|CUDA out of memory|Failed to initialize NVML"
-    rb"|^\w*(?:Error|Exception): ",
+    rb"|^(?:\w+Error|\w*Exception): ",
     re.MULTILINE,
 )
 """What an excerpt shows of an engine that has none of its records."""
@@ -337,7 +348,8 @@ _DRIVER_LINE = re.compile(rb"^[^\n]*(?:NVRM: |SXid \()[^\n]*$", re.MULTILINE)
 """Where a file holds both logs, the engine's reader is spared what the driver says of lost GPUs and exceptions."""
 
 _FABRIC_LINE = re.compile(
-    rb"^[^\n]*(?:\] \[tid \d+\]|nv-fabricmanager\[|nvidia-fabricmanager\.service:|Fabric Manager version)[^\n]*$",
+    rb"^[^\n]*(?:\] \[tid \d+\]|nv-fabricmanager\[|nvidia-fabricmanager\.service:|Fabric Manager version"
+    rb"|fabric manager NVIDIA GPU driver interface version)[^\n]*$",
     re.MULTILINE,
 )
 
@@ -514,7 +526,7 @@ class _Gathered:
         return True
 
     def _fabric_manager(self, data: bytes, name: str) -> None:
-        if not any(anchor in data for anchor in (b"abricmanager", b"Fabric Manager", b"[tid ")):
+        if not any(anchor in data for anchor in (b"abricmanager", b"Fabric Manager", b"fabric manager", b"[tid ")):
             return
         lines = [(match.start(), match[0]) for match in _FABRIC_LINE.finditer(data)]
         if not lines:

@@ -14,7 +14,7 @@ TEXT_MAX = 600
 """Characters of a line that a message keeps."""
 
 KINDS = (
-    ("version-mismatch", re.compile(r"driver interface version \S+ (?:don't|doesn't|does not) match")),
+    ("version-mismatch", re.compile(r"driver interface version \S+ (?:don['’]t|doesn['’]t|does not) match")),
     ("nothing-to-do", re.compile(r"NV_WARN_NOTHING_TO_DO")),
     ("non-fatal", re.compile(r"detected NVSwitch non-?fatal error", re.IGNORECASE)),
     ("fatal", re.compile(r"detected NVSwitch fatal error|\bfatal error\b.*NVSwitch", re.IGNORECASE)),

@@ -78,6 +78,12 @@ _SEGFAULT_OURS = re.compile(
 )
 _HUNG = re.compile(r"task (?P<name>.{1,32}?):(?P<pid>\d+) blocked for more than ")
 _ADDRESS = re.compile(_PCI)
+_OPENS = re.compile(r"NVRM: (?:API mismatch|The NVIDIA GPU |The NVIDIA probe routine was not called)")
+"""How the driver begins a sentence that it breaks over several lines."""
+_OTHER_NVRM = re.compile(r"NVRM: (?:Xid |GPU |API mismatch|The NVIDIA |loading )")
+_SENTENCE_LINES = 8
+_BREAK = re.compile(r"(?:\\x0a|#012)\s*(?:NVRM: )?")
+"""How one line holds such a sentence: the breaks as `/dev/kmsg` and rsyslog escape them."""
 
 _NVIDIA = (
     ("api-mismatch", re.compile(r"NVRM: (?:API mismatch|this kernel module has the version)")),
@@ -138,12 +144,24 @@ class _Line(msgspec.Struct):
     boot: str | None = None
 
 
+class _Sentence(msgspec.Struct):
+    """A sentence of the driver of which further lines may follow."""
+
+    text: str
+    where: str
+    at: float | None
+    last_line: int
+    lines: int = 1
+
+
 class _JournalRecord(msgspec.Struct):
     """The fields of `journalctl -o json` that matter."""
 
     message: str | list[int] | None = msgspec.field(name="MESSAGE", default=None)
     realtime: str = msgspec.field(name="__REALTIME_TIMESTAMP", default="")
     boot: str = msgspec.field(name="_BOOT_ID", default="")
+    log: str = ""
+    """What Docker and its like wrap a line in."""
 
 
 _journal_record = msgspec.json.Decoder(_JournalRecord).decode
@@ -177,6 +195,7 @@ class KernelLogReader:
         self._record_at: float | None = None
         self._oom: dict[int, OomKill] = {}
         self._sxid: int | None = None
+        self._sentence: _Sentence | None = None
         self._kept: dict[object, tuple[int, float | None]] = {}
 
     def feed(self, data: bytes) -> list[KernelEvent]:
@@ -198,6 +217,7 @@ class KernelLogReader:
         self._skipping = False
         data, self._rest = self._rest, b""
         events = self._events(data + b"\n") if data else []
+        events += self._ended()
         events += self._oom.values()
         self._oom = {}
         return events
@@ -249,8 +269,44 @@ class KernelLogReader:
             if self._uptime is not None and line.uptime < 60 < self._uptime - line.uptime:
                 yield HostMessage(text=line.message[:TEXT_MAX], where=where, at=line.at, kind="boot")
             self._uptime = line.uptime
+        message = _BREAK.sub(" ", line.message[:LINE_MAX_BYTES])[:TEXT_MAX]
+        if self._goes_on(message, number, stamped=line.at is not None or line.uptime is not None):
+            return
+        yield from self._ended()
+        if _OPENS.search(message):
+            self._sentence = _Sentence(message, where, line.at, number)
+            if _is_whole(message):
+                yield from self._ended()
+            return
+        yield from self._read(message, where, line.at)
+
+    def _goes_on(self, message: str, number: int, *, stamped: bool) -> bool:
+        """Add *message* to the driver's unfinished sentence, and return whether it is part of it."""
+        sentence = self._sentence
+        more = message.lstrip()
+        if (
+            sentence is None
+            or number != sentence.last_line + 1
+            or sentence.lines >= _SENTENCE_LINES
+            or not more.startswith("NVRM: ")
+            or _OTHER_NVRM.match(more)
+            or (stamped and _is_whole(sentence.text))
+        ):
+            return False
+        sentence.text = f"{sentence.text} {more.removeprefix('NVRM: ').strip()}"[:TEXT_MAX]
+        sentence.last_line = number
+        sentence.lines += 1
+        return True
+
+    def _ended(self) -> Iterator[KernelEvent]:
+        """Yield what the driver's sentence says that has come to its end."""
+        sentence, self._sentence = self._sentence, None
+        if sentence is not None:
+            yield from self._read(sentence.text, sentence.where, sentence.at)
+
+    def _read(self, message: str, where: str, at: float | None) -> Iterator[KernelEvent]:
         for reads in _READERS:
-            event = reads(line.message[:TEXT_MAX], where, line.at)
+            event = reads(message, where, at)
             if event is not None:
                 yield from self._joined(event)
                 return
@@ -279,7 +335,8 @@ class KernelLogReader:
 
     def _taken_apart(self, text: str) -> _Line:
         if text.startswith("{"):
-            return _of_json(text)
+            wrapped = _wrapped(text)
+            return _of_json(text) if wrapped is None else self._taken_apart(wrapped)
         if text.startswith("MESSAGE="):
             return _Line(text[8:], at=self._record_at)
         kmsg = _KMSG.match(text)
@@ -381,6 +438,20 @@ def _seconds(microseconds: str) -> float | None:
         if microseconds.isascii() and microseconds.isdigit() and len(microseconds) < 20
         else None
     )
+
+
+def _is_whole(sentence: str) -> bool:
+    """Whether nothing is missing of a sentence of the driver."""
+    return sentence.rstrip().endswith(("have the same version.", "respond to commands.", "responding to commands."))
+
+
+def _wrapped(text: str) -> str | None:
+    """Return the line that Docker's JSON holds; None where *text* is something else."""
+    try:
+        line = _journal_record(text).log.strip()
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+    return line if line and not line.startswith("{") else None
 
 
 def _of_json(text: str) -> _Line:

@@ -50,14 +50,14 @@ _REASONS = (
 _LINE = re.compile(r"^( *)(\S.*?)(?: +: ?|:$|$)(.*)$")
 _GPU = re.compile(r"^GPU ([0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-7])\s*$")
 _LOST = re.compile(
-    r"Unable to determine the device handle for (?:GPU|gpu) ?([0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-7]): *(.*)"
+    r"Unable to (?:determine|detect) the device handle for (?:GPU|gpu)\d{0,4}?:? ?([0-9A-Fa-f]{3,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-7]): *(.*)"
 )
 _HEADING = re.compile(r"^=+ ?NVSMI LOG ?=+\s*$")
 _TOP = re.compile(
     r"^(?:Timestamp|Driver Version|CUDA Version|KMD Version|CUDA UMD Version|NVIDIA-SMI version|Attached \w+|HIC info|Unit \d+) *(?::.*)?$"
 )
 _PART = re.compile(
-    r"^ {4}(?:Temperature|Fabric|(?:FB |BAR1 )Memory Usage|Clocks(?: Event Reasons| Throttle Reasons)?|ECC Errors|Utilization|Remapped Rows"
+    r"^ {4}(?:Temperature|Fabric|(?:FB |BAR1 )Memory Usage|Clocks(?: Event Reasons| Throttle Reasons)?|ECC Errors|Utilization|Remapped Rows|Retired [Pp]ages"
     r"|(?:GPU )?Power Readings|MIG Mode|Product Name *:.*|Processes *(?::.*)?|PCI)\s*$"
 )
 _NUMBER = re.compile(r"^-?\d+(?:\.\d+)?")
@@ -125,7 +125,7 @@ def find(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _begins(line: str) -> bool:
-    return (_GPU.match(line) or _PART.match(line)) is not None
+    return (_GPU.match(line) or _PART.match(line) or _LOST.search(line)) is not None
 
 
 def read(text: str) -> SmiReport:
@@ -188,7 +188,7 @@ def _belongs(line: str) -> bool:
         or line.startswith("    ")
         or _GPU.match(line) is not None
         or _TOP.match(line) is not None
-        or "device handle for" in line
+        or _LOST.search(line) is not None
     )
 
 
@@ -237,7 +237,7 @@ def _gpu(node: _Node, index: int) -> Gpu:
         compute_capability=_CAPABILITIES.get(architecture.value if architecture else "", NOT_PRINTED),
         persistence_mode=_value(node.under("Persistence Mode"), _enabled),
         compute_mode=_value(node.under("Compute Mode"), lambda v: v.lower().replace("_", "-")),
-        lost=False if header else NOT_PRINTED,
+        lost=(_says_lost(node) if header else NOT_PRINTED),
         recovery_action=_value(node.under("GPU Recovery Action"), lambda v: v.lower().replace(" ", "-")),
         memory=GpuMemory(
             total_bytes=_value(node.at("FB Memory Usage", "Total"), _bytes),
@@ -269,6 +269,11 @@ def _gpu(node: _Node, index: int) -> Gpu:
         fabric=_fabric(node.under("Fabric")),
         processes=processes if isinstance(processes, Absent) else tuple(process for _, process in processes),
     )
+
+
+def _says_lost(node: _Node) -> bool:
+    """Whether nvidia-smi prints that the GPU is lost in place of its values."""
+    return any(child.value.startswith("GPU is lost") for child in node.children)
 
 
 _Placed = tuple[tuple[int, int] | None, GpuProcess]
@@ -408,9 +413,16 @@ def _ecc(node: _Node) -> Ecc:
         sram_threshold_exceeded=_value(errors.at("Aggregate", "SRAM Threshold Exceeded"), _yes),
         rows_remapped_corrected=_value(rows.under("Correctable Error"), _integer, missing),
         rows_remapped_uncorrected=_value(rows.under("Uncorrectable Error"), _integer, missing),
-        remap_pending=_value(rows.under("Pending"), _yes, missing),
+        remap_pending=_value(rows.under("Pending"), _yes, missing) if not _retires(node) else True,
         remap_failed=_value(rows.under("Remapping Failure Occurred"), _yes, missing),
     )
+
+
+def _retires(node: _Node) -> bool:
+    """Whether pages wait to be retired, which is what boards before Ampere do instead of remapping rows."""
+    pages = node.under("Retired Pages", "Retired pages") or _Node("", "")
+    pending = pages.under("Pending Page Blacklist", "Pending")
+    return pending is not None and pending.value == "Yes"
 
 
 def _errors(part: _Node | None, kind: str, old: str) -> Maybe[int]:

@@ -12,6 +12,7 @@ from doctor.snapshot import (
     Absent,
     Activity,
     Clocks,
+    Ecc,
     Gpu,
     GpuMemory,
     GpuProcess,
@@ -25,23 +26,28 @@ from doctor.snapshot import (
     known,
 )
 
-_TITLE = re.compile(r"^\| NVIDIA-SMI \S+ +(?:Driver|KMD) Version: *(\S+) +CUDA (?:UMD )?Version: *(\S+) +\|")
-_FIRST = re.compile(r"^\| +(\d{1,4}) +(\S.*?) +(On|Off|N/A) +\| +([0-9A-Fa-f]{8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d) ")
+_TITLE = re.compile(r"^\| NVIDIA-SMI \S+ +(?:Driver|KMD) Version: *(\S+) +(?:CUDA (?:UMD )?Version: *(\S+) +)?\|")
+_FIRST = re.compile(
+    r"^\| +(\d{1,4}) +(\S.*?) +(On|Off|N/A) +\| +([0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d) "
+    r"(?: *\S+ *\| *(\d{1,9}|N/A|Off|ERR!|\S.*?) *\|)?"
+)
 _SECOND = re.compile(
     r"^\| *(\S+) +(\d+C|N/A|ERR!) +(P\d+|N/A|ERR!|Unknown) +(\S+(?: Error)?) */ *(\S+(?: Error)?) *\|"
-    r" *(?:(\d{1,9})MiB / *(\d{1,9})MiB|N/A|\S.*?) *\| *(\d+%|N/A|ERR!) +(\S.*?) *\|"
+    r" *(?:(\d{1,9})Mi?B / *(\d{1,9})Mi?B|N/A|\S.*?) *\| *(\d+%|N/A|ERR!) +(\S.*?) *\|"
 )
 _THIRD = re.compile(r"^\| +\| +\| +(Enabled|Disabled|N/A)(\*?) +\|")
 _MIG = re.compile(r"^\| +(\d{1,4}) +(\d{1,3}) +(\d{1,3}) +(\d{1,3}) +\| +(\d{1,9})MiB / *(\d{1,9})MiB *\| *(\d{1,5}) ")
 _PROCESS = re.compile(
     r"^\| +(\d{1,4}) +(\d+|N/A) +(\d+|N/A) +(\d{1,10}) +(C|G|C\+G|M\+C) +(\S.*?) +(\d{1,9}MiB|N/A) +\|"
 )
+_NO_MIG_DEVICES = re.compile(r"^\| +No MIG devices found")
 _NOTHING_RUNS = re.compile(r"^\| +No running processes found")
 
 _ROW_MAX = 256
 """The table is 91 columns wide, 79 in old drivers."""
 
 _NOT_SHOWN = Absent(Why.NOT_SUPPORTED)
+_OLD = Absent(Why.NOT_GIVEN, "this old table does not show it")
 _FAILED = Absent(Why.FAILED, "nvidia-smi prints ERR!")
 
 _COMPUTE_MODES = {"Default": "default", "E. Process": "exclusive-process", "Prohibited": "prohibited"}
@@ -72,14 +78,14 @@ def read(text: str) -> SmiReport:
     gpus: dict[int, Gpu] = {}
     devices: dict[int, list[MigDevice]] = {}
     processes: dict[int, list[GpuProcess]] = {}
-    lists_processes = False
+    lists_processes = lists_devices = False
     stack = Stack()
     index: int | None = None
     for line in (row[:_ROW_MAX] for row in text.splitlines()):
         title, first, second, third = _TITLE.match(line), _FIRST.match(line), _SECOND.match(line), _THIRD.match(line)
         mig, process = _MIG.match(line), _PROCESS.match(line)
         if title:
-            stack = Stack(driver=title[1], cuda_driver=title[2])
+            stack = Stack(driver=title[1], cuda_driver=title[2] or _OLD)
         elif first:
             index = int(first[1])
             gpus[index] = _named(index, first)
@@ -101,13 +107,16 @@ def read(text: str) -> SmiReport:
                     name=process[6],
                 )
             )
+        elif _NO_MIG_DEVICES.match(line):
+            lists_devices = True
         elif _NOTHING_RUNS.match(line):
             lists_processes = True
     whole: list[Gpu] = []
     for number in sorted(gpus):
         gpu = gpus[number]
-        if number in devices:
-            gpu = msgspec.structs.replace(gpu, mig=msgspec.structs.replace(gpu.mig, devices=tuple(devices[number])))
+        if number in devices or (lists_devices and gpu.mig.enabled is True):
+            found = tuple(devices.get(number, ()))
+            gpu = msgspec.structs.replace(gpu, mig=msgspec.structs.replace(gpu.mig, devices=found))
         if lists_processes:
             gpu = msgspec.structs.replace(gpu, processes=tuple(processes.get(number, ())))
         whole.append(gpu)
@@ -120,16 +129,19 @@ def _named(index: int, row: re.Match[str]) -> Gpu:
         uuid=f"index:{index}",
         index=index,
         name=name,
-        pci_address=row[4].lower()[4:],
+        pci_address=_address(row[4]),
         persistence_mode={"On": True, "Off": False}.get(row[3], _NOT_SHOWN),
+        ecc=Ecc(uncorrected_volatile=_counted(row[5])),
         lost=False,
     )
 
 
 def _measured(gpu: Gpu, row: re.Match[str]) -> Gpu:
     fan, temperature, state, draw, limit, used, total, busy, mode = row.groups()
+    silent = temperature == state == busy == "ERR!"
     return msgspec.structs.replace(
         gpu,
+        lost=_FAILED if silent else gpu.lost,
         thermal=Thermal(gpu_celsius=_number(temperature, "C"), fan_percent=_number(fan, "%")),
         clocks=Clocks(performance_state=int(state[1:]) if state[1:].isdigit() else _why(state)),
         power=Power(average_watts=_number(draw, "W"), limit_enforced_watts=_number(limit, "W")),
@@ -153,6 +165,18 @@ def _mig_device(row: re.Match[str]) -> MigDevice:
 def _number(text: str, unit: str) -> Maybe[float]:
     digits = text.removesuffix(unit)
     return float(digits) if digits.isascii() and digits.isdigit() and len(digits) < 9 else _why(text)
+
+
+def _counted(cell: str | None) -> Maybe[int]:
+    """Return the count of the column "Volatile Uncorr. ECC": Off and N/A are boards without ECC."""
+    if cell is not None and cell.isascii() and cell.isdigit():
+        return int(cell)
+    return _FAILED if cell == "ERR!" else _NOT_SHOWN
+
+
+def _address(bus: str) -> str:
+    domain, _, rest = bus.lower().partition(":")
+    return f"{int(domain, 16):04x}:{rest}"
 
 
 def _why(text: str) -> Absent:

@@ -1,0 +1,152 @@
+"""What people paste of a sick node in a line or two is read, and what nobody looked at is not called healthy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from doctor.diagnose import watch
+from doctor.feeds import evidence
+from doctor.readers import kernel_log, nvidia_smi_table
+from doctor.report import Report, Verdict
+from doctor.snapshot import NvidiaMessage
+from rules import RULES
+
+NOW = 1795300000.0  # 2026-11-21
+
+
+def judged(tmp_path: Path, text: str) -> Report:
+    path = tmp_path / "paste.txt"
+    path.write_text(text)
+    return list(watch(evidence.read([path], now=NOW), RULES, keep=3600))[-1]
+
+
+def first(tmp_path: Path, text: str) -> str:
+    report = judged(tmp_path, text)
+    return report.roots[0].finding.failure_mode if report.roots else report.verdict.value
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error",
+        "Unable to determine the device handle for GPU0000:3B:00.0: GPU is lost.  Reboot the system to recover this GPU",
+        "Unable to determine the device handle for GPU2: 0000:3B:00.0: Unknown Error",
+    ],
+)
+def test_a_gpu_that_nvidia_smi_cannot_open_is_gone_also_where_that_line_stands_alone(tmp_path: Path, line: str) -> None:
+    assert first(tmp_path, f"$ nvidia-smi\n{line}\n") == "gpu-lost"
+
+
+def test_a_gpu_whose_values_say_that_it_is_lost_is_gone(tmp_path: Path) -> None:
+    text = (
+        "==============NVSMI LOG==============\n\nAttached GPUs : 2\n"
+        "GPU 00000000:18:00.0\n    Product Name : NVIDIA H100 80GB HBM3\n    GPU UUID : GPU-1\n"
+        "GPU 00000000:3B:00.0\n    Product Name : GPU is lost\n    GPU UUID : GPU is lost\n"
+    )
+    assert first(tmp_path, text) == "gpu-lost"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "    Remapped Rows\n        Uncorrectable Error : 3\n        Pending : Yes\n",
+        "    Retired Pages\n        Double Bit ECC : 1\n        Pending Page Blacklist : Yes\n",
+        "    ECC Errors\n        Volatile\n            DRAM Correctable : 0\n            DRAM Uncorrectable : 2\n",
+    ],
+)
+def test_a_part_of_the_query_is_read_without_its_heading(tmp_path: Path, part: str) -> None:
+    assert first(tmp_path, part) == "gpu-memory-faulty"
+
+
+def table(
+    cell: str = "0", values: str = "| N/A   31C    P0    71W / 700W |      4MiB / 81559MiB |      0%      Default |"
+) -> str:
+    return (
+        "+-----------------------------------------------------------------------------+\n"
+        "| NVIDIA-SMI 535.104.05   Driver Version: 535.104.05   CUDA Version: 12.2     |\n"
+        "|-------------------------------+----------------------+----------------------+\n"
+        f"|   0  NVIDIA H100 80G...  On   | 00000000:18:00.0 Off | {cell:>20} |\n"
+        f"{values}\n"
+        "|                               |                      |             Disabled |\n"
+        "+-------------------------------+----------------------+----------------------+\n"
+    )
+
+
+def test_the_tables_column_of_uncorrected_errors_is_read(tmp_path: Path) -> None:
+    assert first(tmp_path, table("2")) == "gpu-memory-faulty"
+    assert judged(tmp_path, table("0")).verdict is Verdict.CLEAR
+    assert judged(tmp_path, table("Off")).verdict is Verdict.CLEAR
+
+
+def test_a_row_of_errors_is_a_gpu_that_does_not_answer_and_a_single_error_is_not(tmp_path: Path) -> None:
+    silent = "|ERR!  ERR! ERR!    N/A / ERR!  |      4MiB / 81559MiB |    ERR!      Default |"
+    assert first(tmp_path, table("ERR!", silent)) == "gpu-lost"
+    fan = "|ERR!   31C    P0    71W / 700W |      4MiB / 81559MiB |      0%      Default |"
+    assert judged(tmp_path, table("0", fan)).verdict is Verdict.CLEAR
+
+
+def test_mig_without_instances_is_told_from_a_table_that_lists_none() -> None:
+    text = table().replace("            Disabled |", "             Enabled |")
+    (unlisted,) = nvidia_smi_table.read(text).gpus
+    (listed,) = nvidia_smi_table.read(text + "|  No MIG devices found                                     |\n").gpus
+    assert unlisted.mig.devices != ()
+    assert listed.mig.devices == ()
+
+
+MISMATCH = (
+    "NVRM: API mismatch: the client has the version 550.90.07, but",
+    "NVRM: this kernel module has the version 550.54.15.  Please",
+    "NVRM: make sure that this kernel module and all NVIDIA driver",
+    "NVRM: components have the same version.",
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[  10.500000] " + "\n               ".join(MISMATCH),
+        "\n".join(MISMATCH),
+        "Nov 21 07:35:01 node kernel: " + "#012".join(MISMATCH),
+        "4,77,10500000,-;" + "\\x0a".join(MISMATCH),
+        "\n".join(f"[  10.50000{n}] {line}" for n, line in enumerate(MISMATCH)),
+    ],
+)
+def test_a_sentence_of_the_driver_over_several_lines_is_one_event(tmp_path: Path, text: str) -> None:
+    events = kernel_log.read(f"{text}\n[  11.000000] NVRM: GPU 0000:18:00.0: RmInitAdapter failed! (0x61:0x56:1)\n")
+    assert [event.kind for event in events if isinstance(event, NvidiaMessage)] == ["api-mismatch", "init-failed"]
+    assert "550.90.07" in events[0].text
+    assert "550.54.15" in events[0].text
+    report = judged(tmp_path, text + "\n")
+    assert report.roots[0].finding.failure_mode == "stack-mismatch"
+    assert "550.54.15" in report.roots[0].finding.summary
+
+
+def test_a_gpu_that_left_before_the_driver_took_it_is_named_with_its_address() -> None:
+    text = (
+        "[ 1.0] NVRM: The NVIDIA GPU 0000:b3:00.0\n"
+        "       NVRM: (PCI ID: 10de:26b5) installed in this system has\n"
+        "       NVRM: fallen off the bus and is not responding to commands.\n"
+    )
+    (event,) = kernel_log.read(text)
+    assert isinstance(event, NvidiaMessage)
+    assert (event.kind, event.pci_address) == ("gpu-lost", "0000:b3:00.0")
+
+
+def test_a_line_in_dockers_wrapping_is_read() -> None:
+    line = "[   9.000001] NVRM: Xid (PCI:0000:61:00): 79, pid=1, GPU has fallen off the bus."
+    (event,) = kernel_log.read('{"log":"' + line + '\\n","stream":"stdout","time":"2026-03-06T21:34:31.1Z"}\n')
+    assert getattr(event, "code", None) == 79
+
+
+def test_nvml_that_does_not_start_is_no_crash_of_an_engine(tmp_path: Path) -> None:
+    report = judged(tmp_path, "root@box:/# nvidia-smi\nFailed to initialize NVML: Unknown Error\n")
+    assert not report.roots
+    assert report.verdict is Verdict.INCOMPLETE
+
+
+@pytest.mark.parametrize("verb", ["don't", "don’t", "doesn't"])
+def test_a_fabric_manager_that_refuses_the_driver_is_told_on_any_board(tmp_path: Path, verb: str) -> None:
+    text = f"it says: fabric manager NVIDIA GPU driver interface version 550.90.07 {verb} match with driver version 550.54.15.\n"
+    assert first(tmp_path, text) == "nvswitch-fabric-fault"
