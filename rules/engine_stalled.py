@@ -12,6 +12,9 @@ from doctor.snapshot import Source
 from doctor.symptoms.engine_log import EngineLog, engine_logs
 from doctor.symptoms.stalls import Flat, Suspicion, Waits, flat_engines, suspicion, waits
 
+KINDS = {"hardware": "the hardware", "collective": "a collective", "software": "software"}
+"""Where an engine hangs, by the kind of suspicion, in words."""
+
 
 class Limits(msgspec.Struct, frozen=True):
     """When silence is a stall."""
@@ -108,7 +111,7 @@ def _finding(
         parts.append(f"until a call timed out ({timeouts[0].where})")
         evidence.append(Evidence(Source.ENGINE_LOG.value, timeouts[0].where, timeouts[0].text))
     if guess.text:
-        parts.append(guess.text)
+        parts.append(guess.text if guess.kind == "unknown" else f"it is {KINDS[guess.kind]}: {guess.text}")
         evidence.append(Evidence(Source.PROCESSES.value, "ranks and their GPUs", f"{guess.kind}: {guess.text}"))
     both = stall is not None and waited is not None and bool(waited.events)
     first_wait = waited.events[0].at if waited is not None and waited.events else None
@@ -118,9 +121,9 @@ def _finding(
         confidence=Confidence.HIGH
         if both or (stall is not None and guess.kind != "unknown")
         else _alone(waited, stall),
-        subject=Subject(engine=subject, ranks=guess.ranks, gpus=guess.gpus),
+        subject=Subject(engine=subject, ranks=guess.ranks, gpus=guess.gpus, pids=guess.pids),
         since=stall.since if stall is not None else first_wait,
-        facts={"log": log.log} if log is not None else {},
+        facts=({"log": log.log} if log is not None else {}) | ({"pid": str(guess.pids[0])} if guess.pids else {}),
     )
 
 

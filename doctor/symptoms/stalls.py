@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import msgspec
 
 from doctor.history import History
-from doctor.snapshot import Engine, EngineEvent, EngineMetrics, known
+from doctor.snapshot import NOT_ASKED, Engine, EngineEvent, EngineMetrics, Gpu, Rank, known
 from doctor.symptoms.engine_log import EngineLog, is_progress
+from doctor.symptoms.growth import growth
+from doctor.symptoms.names import listed
 
 _STARTING = frozenset({"engine-version", "engine-config", "non-default-args", "load-started", "weights-loaded", "graphs-captured", "kv-cache-size", "kv-cache-memory"})  # fmt: skip
 
@@ -107,13 +111,14 @@ def _work(page: EngineMetrics) -> tuple[float | None, float | None, float | None
 
 
 class Suspicion(msgspec.Struct, frozen=True):
-    """What the GPUs and the ranks of a stalled engine do."""
+    """What the GPUs and the processes of a stalled engine do."""
 
     kind: str
     """`hardware`, `collective`, `software` or `unknown`."""
     text: str
     ranks: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
+    pids: tuple[int, ...] = ()
 
 
 BUSY_RATIO = 0.9
@@ -122,30 +127,157 @@ IDLE_RATIO = 0.05
 """guess: an idle GPU shows 0; a sample may catch the end of the last step."""
 HANG_MEMORY_RATIO = 0.02
 """A decode step reads the weights, so a working GPU shows memory traffic; guess: under 2 % there is none."""
+COMPUTING_CORES = 0.8
+"""CPU seconds a second of an engine core that computes; one that waits sleeps. guess: below 1, for a busy host."""
+COMPUTING_SECONDS = 10.0
+"""Over so long at least. guess: ten of vLLM's scheduling rounds even with a queue of thousands."""
+SLOW_CLOCK_RATIO = 0.5
+"""Of the median clock of the group's GPUs. guess: boards of one model under one load differ by a few per cent."""
+
+_HALTED = {
+    "stopped": ("software", "is stopped, by a signal or a debugger"),
+    "tracing-stop": ("software", "is held by a debugger"),
+    "zombie": ("software", "has ended and is not yet buried"),
+    "dead": ("software", "has ended"),
+    "disk-sleep": ("hardware", "hangs in the kernel (state D), in a call that does not return"),
+}
+"""What a process does that takes no part any more, by its state."""
 
 
 def suspicion(history: History, engine: Engine) -> Suspicion:
-    """Tell hardware, a collective and software apart, from what the engine's ranks and GPUs do at the last visit."""
-    stuck = [r for r in engine.ranks if known(r.state) and r.state in ("stopped", "disk-sleep", "zombie", "dead")]
-    if stuck:
-        text = ", ".join(f"{r.title or r.pid} (pid {r.pid}) is in state {r.state}" for r in stuck[:4])
-        kind = "hardware" if any(r.state == "disk-sleep" for r in stuck) else "software"
-        return Suspicion(kind, text, tuple(r.title or str(r.pid) for r in stuck))
-    uuids = dict.fromkeys(r.gpu for r in engine.ranks if known(r.gpu))
-    gpus = [gpu for uuid in uuids if (gpu := history.latest.gpu(uuid)) is not None and known(gpu.activity.gpu_ratio)]
-    if not gpus:
+    """Tell hardware, a collective and software apart, from what the engine's processes and GPUs do.
+
+    A process that is stopped or blocked is the cause, whatever the others do meanwhile. Then the GPUs decide: all idle
+    is software; one idle while others spin is a collective that its rank never entered; busy without memory traffic
+    on all of them, or on one alone, is hardware.
+    """
+    return _by_process(history, engine) or _by_gpu(history, engine)
+
+
+def _by_process(history: History, engine: Engine) -> Suspicion | None:
+    earlier = [e for s in history.snapshots[-2:-1] for e in s.engines if e.id == engine.id]
+    before = {rank.pid: rank.state for e in earlier for rank in (*e.ranks, *e.cores)}
+    # A healthy process is in state D for moments, while it reads: only who stays there is stuck.
+    stuck = [
+        rank
+        for rank in (*engine.ranks, *engine.cores)
+        if known(rank.state) and rank.state in _HALTED and before.get(rank.pid, rank.state) == rank.state
+    ]
+    if not stuck:
+        return None
+    kinds = {_HALTED[str(rank.state)][0] for rank in stuck}
+    return Suspicion(
+        kind="hardware" if "hardware" in kinds else "software",
+        text=", ".join(f"{_named(rank)} {_HALTED[str(rank.state)][1]}" for rank in stuck[:4]),
+        ranks=tuple(rank.title or str(rank.pid) for rank in stuck),
+        gpus=tuple(dict.fromkeys(rank.gpu for rank in stuck if known(rank.gpu))),
+        pids=tuple(rank.pid for rank in stuck),
+    )
+
+
+def _by_gpu(history: History, engine: Engine) -> Suspicion:
+    mine = dict.fromkeys(rank.gpu for rank in engine.ranks if known(rank.gpu))
+    gpus = [gpu for uuid in mine if (gpu := history.latest.gpu(uuid)) is not None]
+    lost = [gpu for gpu in gpus if gpu.lost is True]
+    if lost:
+        return Suspicion("hardware", f"{_listed(lost)} is lost", gpus=tuple(gpu.uuid for gpu in lost))
+    seen = [gpu for gpu in gpus if known(gpu.activity.gpu_ratio)]
+    if not seen:
         return Suspicion("unknown", "what its GPUs do was not seen")
-    ratios = {gpu.index: gpu.activity.gpu_ratio for gpu in gpus if known(gpu.activity.gpu_ratio)}
-    idle = [gpu for gpu in gpus if ratios[gpu.index] <= IDLE_RATIO]
-    busy = [gpu for gpu in gpus if ratios[gpu.index] >= BUSY_RATIO]
-    if len(idle) == len(gpus):
-        return Suspicion("software", "all its GPUs are idle: no kernel runs")
+    idle = [gpu for gpu in seen if _at_rest(history, gpu)]
+    spins = [gpu for gpu in seen if _spins(history, gpu)]
+    if len(idle) == len(seen):
+        return _software(history, engine)
+    if len(spins) == 1 < len(idle) and len(idle) + 1 == len(seen):
+        text = f"{_drawn(spins)} is fully busy and moves no memory while the others are idle: a kernel on it hangs"
+        return Suspicion("hardware", text, gpus=(spins[0].uuid,))
+    busy = [gpu for gpu in seen if _is_busy(history, gpu)]
     if busy and idle:
-        names = ", ".join(f"GPU {gpu.index}" for gpu in idle)
-        text = f"{names} is idle while {len(busy)} others spin in a collective: its rank never arrived"
-        return Suspicion("collective", text, gpus=tuple(gpu.uuid for gpu in idle))
-    quiet = [gpu for gpu in busy if known(gpu.activity.memory_ratio) and gpu.activity.memory_ratio <= HANG_MEMORY_RATIO]
-    if quiet and len(busy) == len(gpus):
-        text = "its GPUs are fully busy and move no memory: kernels hang or spin"
-        return Suspicion("hardware" if len(gpus) == 1 else "collective", text)
+        late = [rank for rank in engine.ranks if rank.gpu in {gpu.uuid for gpu in idle}]
+        whose = f" ({', '.join(_named(rank) for rank in late[:4])})" if late else ""
+        verb = "is" if len(idle) == 1 else "are"
+        others = f"{_listed(busy)} {'spins' if len(busy) == 1 else 'spin'}"
+        return Suspicion(
+            "collective",
+            f"{_listed(idle)} {verb} idle{whose} while {others} in a collective that it never entered",
+            ranks=tuple(rank.title or str(rank.pid) for rank in late),
+            gpus=tuple(gpu.uuid for gpu in idle),
+            pids=tuple(rank.pid for rank in late),
+        )
+    if len(spins) == len(seen):
+        slow = _slow(spins)
+        if slow is not None:
+            text = f"{_listed([slow])} runs at {slow.clocks.sm_mhz} MHz, half or less of the others' clock: they wait for it"
+            return Suspicion("hardware", text, gpus=(slow.uuid,))
+        verb = "is" if len(spins) == 1 else "are all"
+        text = f"{_drawn(spins)} {verb} fully busy and move{'s' if len(spins) == 1 else ''} no memory: kernels hang"
+        return Suspicion("hardware", text)
     return Suspicion("unknown", "its GPUs are partly busy")
+
+
+def _software(history: History, engine: Engine) -> Suspicion:
+    busy = [core for core in engine.cores if _computes(history, engine, core)]
+    if not busy:
+        return Suspicion("software", "all its GPUs are idle: no kernel runs")
+    who = ", ".join(_named(core) for core in busy)
+    text = f"all its GPUs are idle, and {who} fills a core: it computes, and schedules nothing"
+    return Suspicion("software", text, tuple(core.title for core in busy), pids=tuple(core.pid for core in busy))
+
+
+def _computes(history: History, engine: Engine, core: Rank) -> bool:
+    readings = (
+        (
+            s.at,
+            next(
+                (c.cpu_seconds for e in s.engines if e.id == engine.id for c in e.cores if c.pid == core.pid), NOT_ASKED
+            ),
+        )
+        for s in history.snapshots[-3:]
+    )
+    spent = growth(readings)
+    return spent is not None and spent.seconds >= COMPUTING_SECONDS and spent.per_second >= COMPUTING_CORES
+
+
+def _lately(history: History, gpu: Gpu) -> list[Gpu]:
+    """Return the GPU at the last two visits: one look may catch the end of a step, or a pause between two."""
+    return [seen for _, seen in history.of_gpu(gpu.uuid)[-2:]]
+
+
+def _at_rest(history: History, gpu: Gpu) -> bool:
+    return all(known(r := seen.activity.gpu_ratio) and r <= IDLE_RATIO for seen in _lately(history, gpu))
+
+
+def _is_busy(history: History, gpu: Gpu) -> bool:
+    return all(known(busy := seen.activity.gpu_ratio) and busy >= BUSY_RATIO for seen in _lately(history, gpu))
+
+
+def _spins(history: History, gpu: Gpu) -> bool:
+    """Whether it is fully busy and, where that was seen, moves no memory."""
+    return _is_busy(history, gpu) and not any(
+        known(moved := seen.activity.memory_ratio) and moved > HANG_MEMORY_RATIO for seen in _lately(history, gpu)
+    )
+
+
+def _slow(gpus: list[Gpu]) -> Gpu | None:
+    clocks = {gpu.uuid: gpu.clocks.sm_mhz for gpu in gpus if known(gpu.clocks.sm_mhz)}
+    if len(clocks) < 2:
+        return None
+    slowest = min((gpu for gpu in gpus if gpu.uuid in clocks), key=lambda gpu: clocks[gpu.uuid])
+    return slowest if clocks[slowest.uuid] <= SLOW_CLOCK_RATIO * median(clocks.values()) else None
+
+
+def _drawn(gpus: list[Gpu]) -> str:
+    watts = [w for gpu in gpus if known(w := gpu.power.average_watts)]
+    return (
+        f"{_listed(gpus)} ({sum(watts) / len(watts):.0f} W{' each' if len(watts) > 1 else ''})"
+        if watts
+        else _listed(gpus)
+    )
+
+
+def _listed(gpus: list[Gpu]) -> str:
+    return f"GPU {listed(str(gpu.index) for gpu in gpus)}"
+
+
+def _named(rank: Rank) -> str:
+    return f"{rank.title} (pid {rank.pid})" if rank.title else f"pid {rank.pid}"
