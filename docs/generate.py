@@ -13,7 +13,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from doctor.diagnose import watch
-from exporters import catalogue, console
+from exporters import catalogue, codes, console
 from exporters import json as json_report
 from exporters.prometheus import Own, Tally, families
 from exporters.terminal import Terminal
@@ -29,6 +29,7 @@ def generated() -> Iterator[tuple[str, str]]:
     """Yield each generated file and what it should hold; the picture, which tells the time, is not among them."""
     table = catalogue.rules_markdown(RULES, "../rules/")
     yield "docs/failure-modes.md", f"# Failure modes\n\nGenerated from the rules by `make docs`.\n\n{table}"
+    yield "docs/xids.md", codes.codes_markdown("../rules/")
     yield "docs/metrics.md", metrics()
     yield "docs/report.schema.json", json_report.schema().decode()
     confusion = runpy.run_path(str(ROOT / "docs" / "confusion.py"))["page"]()
