@@ -293,12 +293,16 @@ def daemon(
 @cli.command()
 @click.argument("failure_mode", metavar="ID")
 def explain(failure_mode: str) -> None:
-    """Show the runbook of a failure mode."""
-    from exporters import runbook
+    """Show the runbook of a failure mode, or what is known of a code of the kernel log: `xid-79`, `sxid-20034`."""
+    from exporters import codes, runbook
     from rules import RULES
 
     rule = next((rule for rule in RULES if rule.id == failure_mode), None)
     if rule is None:
+        code = codes.code_screen(failure_mode, _terminal())
+        if code is not None:
+            _say(code)
+            return
         import difflib
 
         near = difflib.get_close_matches(failure_mode, [rule.id for rule in RULES], n=1)
