@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import Absent, Source, Why, known, or_none
 from doctor.symptoms.engine_log import incidents
+from doctor.symptoms.refusals import Reason, Refusal, refused_for
 from doctor.symptoms.served import Served, served
 
 BFLOAT16_FROM = (8, 0)
 """Compute capability of Ampere: document 2; vLLM refuses below it."""
+_REFUSES_HALF = re.compile(r"(?<!b)float16 is not supported|not support float16|not support half")
 HALVES = ("float16", "half")
 
 
@@ -26,21 +29,33 @@ HALVES = ("float16", "half")
 def RULE(history: History, _: NoLimits) -> Iterator[Finding | Absent]:
     """Take the engine's refusal; else compare flag, capability and the checkpoint's own type."""
     broken = {log.engine for log, _ in incidents(history)}
-    for log, incident in incidents(history):
-        cause = incident.cause
-        if cause.signal == "launch-error" and cause.facts.get("kind") == "dtype":
-            yield Finding(
-                summary="The engine refuses bfloat16: its GPU is older than Ampere (compute capability 8.0); float16 is what it has",
-                evidence=(Evidence(Source.ENGINE_LOG.value, cause.where, cause.text),),
-                confidence=Confidence.HIGH,
-                severity=Severity.CRITICAL,
-                subject=Subject(engine=log.engine),
-                since=incident.at,
-                facts={"dtype": "float16"},
-            )
+    for refusal in refused_for(history, Reason.TYPE):
+        yield _refused(refusal)
     for one in served(history):
         if one.engine.id not in broken:  # advice waits until the incident is over
             yield from _asked(history, one)
+
+
+def _refused(refusal: Refusal) -> Finding:
+    cause = refusal.cause
+    if cause.facts.get("kind") == "dtype":
+        summary, better = (
+            "The engine refuses bfloat16: its GPU is older than Ampere (compute capability 8.0); float16 is what it has",
+            "float16",
+        )
+    else:
+        refused, better = ("float16", "bfloat16") if _REFUSES_HALF.search(cause.text) else ("bfloat16", "float16")
+        what = "this quantization" if "quantization method" in cause.text else "this model"
+        summary = f"The engine refuses {refused} for {what}; {better} is what it takes"
+    return Finding(
+        summary=summary,
+        evidence=(Evidence(Source.ENGINE_LOG.value, cause.where, cause.text),),
+        confidence=Confidence.HIGH,
+        severity=Severity.CRITICAL,
+        subject=Subject(engine=refusal.log.engine),
+        since=refusal.incident.at,
+        facts={"dtype": better},
+    )
 
 
 def _asked(history: History, one: Served) -> Iterator[Finding | Absent]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import Source
-from doctor.symptoms.engine_log import incidents
+from doctor.symptoms.refusals import Reason, refused_for
 
 WORDS = {
     "port-in-use": "its port is in use by another process",
@@ -31,9 +31,9 @@ WORDS = {
 )
 def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
     """Quote the refusal."""
-    for log, incident in incidents(history):
-        cause = incident.cause
-        words = WORDS.get(str(cause.facts.get("kind"))) if cause.signal == "launch-error" else None
+    for refusal in refused_for(history, Reason.SETTINGS):
+        log, incident, cause = refusal.log, refusal.incident, refusal.cause
+        words = WORDS.get(str(cause.facts.get("kind")))
         if words is None or incident.serving:
             continue
         quoted = cause.text if len(cause.text) <= 220 else cause.text[:219] + "…"

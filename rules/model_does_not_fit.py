@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from doctor.history import History
 from doctor.machine.fit import LEAST_RUNTIME_BYTES, RUNTIME_BYTES
-from doctor.machine.serving import Serving, serving_of
+from doctor.machine.serving import Serving
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
-from doctor.snapshot import Absent, Maybe, Source, Why, known, or_none
-from doctor.symptoms.served import Served, served
+from doctor.snapshot import Absent, EngineEvent, Source, Why
+from doctor.symptoms.served import BEYOND_ROOM, Served, unproven
 
 GB = 1e9
 SIGNS = ("cuda-out-of-memory", "sampler-warmup-out-of-memory", "no-kv-blocks", "kv-cache-too-small")
@@ -22,44 +22,30 @@ WIDER = (2, 4, 8, 16)
     "The model does not fit the GPUs that it is given",
     severity=Severity.CRITICAL,
     needs=(Source.NVML, Source.PROCESSES, Source.MODEL),
-    explains=("out-of-memory-at-startup", "context-does-not-fit"),
+    explains=("out-of-memory-at-startup", "context-does-not-fit", "engine-crashed"),
     limits=NoLimits(),
 )
 def RULE(history: History, _: NoLimits) -> Iterator[Finding | Absent]:
     """Ask of each engine that has not come up: what do weights and runtime leave? One that serves has proved that it fits."""
-    serves = {page.engine for page in history.latest.metrics}
-    for one in served(history):
-        if one.came_up or one.engine.id in serves:
-            continue
-        if one.has_argument("--cpu-offload-gb", "--kv-cache-memory-bytes", "--kv-cache-memory"):
+    for one in unproven(history):
+        lines = one.log.having(*SIGNS) if one.log is not None else ()
+        if one.told and not lines:
+            continue  # it died of something else before it could run out of memory
+        if one.has_argument(*BEYOND_ROOM):
             yield Absent(
                 Why.NOT_SUPPORTED, "there is no arithmetic for weights in host memory or a KV cache of fixed size"
             )
-            continue
-        serving = _serving(history, one)
-        if isinstance(serving, Absent):
-            yield serving
-        elif serving.room().kv_bytes <= 0:
-            yield _finding(one, serving)
+        elif isinstance(one.serving, Absent):
+            yield one.serving
+        elif one.serving.room().kv_bytes <= 0 and not one.serving.obstacles():
+            yield _finding(one, one.serving, lines)
 
 
-def _serving(history: History, one: Served) -> Maybe[Serving]:
-    """Return what is served; where nothing tells which of several equal GPUs will be taken, on the first of them."""
-    if known(one.serving) or one.group is None or one.group.gpus:
-        return one.serving
-    visible = or_none(one.engine.visible_gpus) or tuple(gpu.uuid for gpu in history.latest.gpus)
-    products = {gpu.pci_device_id for gpu in history.latest.gpus if gpu.uuid in visible}
-    if len(products) != 1 or len(visible) < one.group.size:
-        return one.serving
-    return serving_of(history.latest, one.engine, visible[: one.group.size])
-
-
-def _finding(one: Served, serving: Serving) -> Finding:
+def _finding(one: Served, serving: Serving, lines: tuple[EngineEvent, ...]) -> Finding:
     room = serving.room()
     certain = room.kv_bytes_at_most <= 0
     ranks = len(serving.gpus)
     each = f"each of {ranks} GPUs" if ranks > 1 else "the one GPU"
-    lines = one.log.having(*SIGNS) if one.log is not None else ()
     wider = next(
         (
             tp
@@ -77,7 +63,7 @@ def _finding(one: Served, serving: Serving) -> Finding:
         evidence=(
             Evidence(
                 Source.MODEL.value,
-                "config.json",
+                one.config,
                 f"{serving.model.parameters / GB:.1f} G parameters, {serving.model.precision.name}, "
                 f"{room.weight_bytes / GB:.1f} GB a GPU at TP={ranks}",
             ),
@@ -88,9 +74,13 @@ def _finding(one: Served, serving: Serving) -> Finding:
             ),
             *(Evidence(Source.ENGINE_LOG.value, line.where, line.text) for line in lines[:2]),
         ),
-        confidence=Confidence.HIGH if lines else Confidence.LOW,
+        confidence=Confidence.HIGH
+        if lines
+        else Confidence.MEDIUM
+        if room.kv_bytes_beside_weights <= 0
+        else Confidence.LOW,
         severity=None if certain or lines else Severity.WARNING,
-        subject=Subject(engine=one.engine.id, gpus=serving.gpus),
+        subject=Subject(engine=one.name, gpus=serving.gpus),
         since=lines[0].at if lines else None,
         facts={"tensor-parallel-size": str(wider)} if wider else {},
     )

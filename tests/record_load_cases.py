@@ -12,6 +12,7 @@ import nodes
 import test_rules_capacity as capacity
 import test_rules_choices as choices
 import test_rules_traffic as traffic
+from launches import starting
 from loads import loaded
 from record_cases import keep
 
@@ -40,8 +41,8 @@ def small(**changes: object) -> Visits:
 
 CASES: dict[str, dict[str, Callable[[], Visits]]] = {
     "model-does-not-fit": {
-        "fires-one-gpu": lambda: capacity.starting(nodes.healthy("hgx-h100-4", tp=1)),
-        "quiet-it-fits": lambda: capacity.starting(nodes.healthy("hgx-h100-4")),
+        "fires-one-gpu": lambda: starting(nodes.healthy("hgx-h100-4", tp=1)),
+        "quiet-it-fits": lambda: starting(nodes.healthy("hgx-h100-4")),
         "quiet-it-serves": lambda: nodes.healthy("rtx4090-4"),
     },
     "tp-too-wide": {

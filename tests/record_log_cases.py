@@ -6,13 +6,14 @@ An engine starts, its log says why it can't, and at the last visit its processes
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import nodes
+from launches import AWQ, BLOCK_FP8, QWEN_72B, changed, died, gone, launch, starting
 from record_cases import keep
-from test_rules_capacity import starting
 
 from doctor.readers import vllm_log
-from doctor.snapshot import Snapshot
+from doctor.snapshot import EngineEvent, Snapshot
 
 CORE = "(EngineCore pid=9) ERROR 11-20 08:00:00 [core.py:700] "
 WORKER = "(Worker_TP0 pid=100) ERROR 11-20 08:00:00 [multiproc_executor.py:500] "
@@ -31,6 +32,8 @@ BLOCKS = (
     WORKER + "ValueError: The output_size of gate's and up's weight = 3696 is not divisible by weight quantization "
     "block_n = 128.\n" + NOT_STARTED
 )
+TILE_OF_ONE_RANK = CORE + "RuntimeError: size_n = 2 is not divisible by tile_n_size = 64\n" + NOT_STARTED
+TILE = WORKER + "RuntimeError: size_n = 2736 is not divisible by tile_n_size = 64\n" + NOT_STARTED
 OUT_OF_MEMORY = (
     WORKER + "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of "
     "79.14 GiB of which 1.00 GiB is free.\n" + NOT_STARTED
@@ -50,6 +53,7 @@ CASES: dict[str, dict[str, str]] = {
     },
     "tp-heads-indivisible": {
         "fires-28-over-8": HEADS,
+        "fires-tile-of-a-share": TILE,
         "quiet-too-few-gpus": WORLD,
         "quiet-other-assertion": WORKER + "AssertionError\n" + NOT_STARTED,
     },
@@ -61,6 +65,7 @@ CASES: dict[str, dict[str, str]] = {
     "fp8-block-misaligned": {
         "fires-29568-over-8": BLOCKS,
         "quiet-heads": HEADS,
+        "quiet-tile": TILE,
         "quiet-past": BLOCKS + AGAIN,
     },
     "quantization-mismatch": {
@@ -89,18 +94,58 @@ CASES: dict[str, dict[str, str]] = {
 """Case → what the engine logs after its configuration."""
 
 
+LAUNCHES: dict[str, dict[str, Callable[[], tuple[Snapshot, ...]]]] = {
+    "tp-heads-indivisible": {
+        "fires-before-it-loads": lambda: launch("hgx-h100-4", 3),
+        "fires-without-words": lambda: gone(launch("hgx-h100-4", 3), died()),
+        "quiet-it-loads": lambda: launch("hgx-h100-4", 4),
+    },
+    "fp8-block-misaligned": {
+        "fires-before-it-loads": lambda: launch("hgx-h100-4", 4, **QWEN_72B | BLOCK_FP8),
+        "fires-without-words": lambda: gone(launch("hgx-h100-4", 4, **QWEN_72B | BLOCK_FP8), died()),
+        "quiet-whole-blocks": lambda: launch("hgx-h100-4", 4, **BLOCK_FP8),
+        "quiet-it-serves": lambda: changed(nodes.healthy("hgx-h100-4"), **QWEN_72B | BLOCK_FP8),
+    },
+    "quantization-mismatch": {
+        "fires-before-it-loads": lambda: launch("hgx-h100-4", 4, flags={"quantization": "gptq"}, **AWQ),
+        "fires-tile-of-one-rank": lambda: gone(launch("hgx-h100-4", 1, **AWQ), *events(TILE_OF_ONE_RANK)),
+        "quiet-overriding-kernel": lambda: launch("hgx-h100-4", 4, flags={"quantization": "awq_marlin"}, **AWQ),
+        "quiet-at-load-time": lambda: launch("hgx-h100-4", 4, flags={"quantization": "fp8"}),
+    },
+    "context-does-not-fit": {
+        "fires-before-it-loads": lambda: launch("hgx-h100-4", 2, flags={"gpu_memory_utilization": 0.9}),
+        "fires-without-words": lambda: gone(launch("hgx-h100-4", 2, flags={"gpu_memory_utilization": 0.9}), died()),
+        "quiet-it-serves": lambda: changed(nodes.healthy("hgx-h100-4", tp=2), {"gpu_memory_utilization": 0.9}),
+        "quiet-too-close-to-tell": lambda: launch(
+            "hgx-h100-4", 2, flags={"gpu_memory_utilization": 0.9, "max_model_len": 16384}
+        ),
+    },
+    "model-does-not-fit": {
+        "fires-without-words": lambda: gone(launch("hgx-h100-4", 1), died()),
+    },
+}
+"""Case → an engine that has not come up, judged by config.json, flags and GPUs."""
+
+
 def logged(log: str) -> tuple[Snapshot, ...]:
     """Return the visits of an engine that logs this; it runs on where it came up."""
-    *before, last = starting(nodes.healthy("hgx-h100-4"))
-    events = vllm_log.read(log.encode(), nodes.LOG, last.at).events
-    gone = nodes.with_lines(last, *events) if UP in log else nodes.put(nodes.without_engine(last), engine_events=events)
-    return (*before, gone)
+    visits = starting(nodes.healthy("hgx-h100-4"))
+    if UP in log:
+        return nodes.last(visits, lambda s: nodes.with_lines(s, *events(log)))
+    return gone(visits, *events(log))
+
+
+def events(log: str) -> tuple[EngineEvent, ...]:
+    return vllm_log.read(log.encode(), nodes.LOG, nodes.START + 2 * nodes.EVERY).events
 
 
 def main(wanted: list[str]) -> None:
     for failure_mode, logs in CASES.items():
         for name, log in logs.items() if not wanted or failure_mode in wanted else ():
             keep(logged(log), "cases", failure_mode, name)
+    for failure_mode, launched in LAUNCHES.items():
+        for name, visits in launched.items() if not wanted or failure_mode in wanted else ():
+            keep(visits(), "cases", failure_mode, name)
 
 
 if __name__ == "__main__":

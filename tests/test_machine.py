@@ -22,6 +22,7 @@ from doctor.machine.fit import narrower_sizes, room, why_tp_impossible
 from doctor.machine.serving import Serving, serving_of
 from doctor.machine.step import STEP_SECONDS, decode_step, loaded_token_seconds, prefill_step
 from doctor.machine.weights import (
+    Draft,
     Model,
     kv_bytes_per_token,
     kv_element_bytes,
@@ -156,7 +157,7 @@ def test_the_speculative_layer_of_deepseek_is_counted_apart() -> None:
     model = of(DEEPSEEK_V3)
     assert sum(part.parameters for part in model.speculative_parts) == pytest.approx(11.5e9, rel=0.015)
     # one layer of FP8 experts: 11.3 G / 8 and its copied rest
-    extra = weight_bytes_per_gpu(model, 8, speculative=True) - weight_bytes_per_gpu(model, 8)
+    extra = weight_bytes_per_gpu(model, 8, Draft.MTP) - weight_bytes_per_gpu(model, 8)
     assert extra == pytest.approx(1.6e9, rel=0.1)
 
 
@@ -633,7 +634,7 @@ def test_the_flags_of_an_engine_count() -> None:
     )
     assert served(node(), engine(), "ab", custom=False).fabric() == switch_of(H100, custom=False)
     assert served(node(), engine(DEEPSEEK_V3, speculative='{"method": "mtp"}'), "ab").room().weight_bytes == (
-        weight_bytes_per_gpu(of(DEEPSEEK_V3), 2, speculative=True)
+        weight_bytes_per_gpu(of(DEEPSEEK_V3), 2, Draft.MTP)
     )
 
 
@@ -847,7 +848,7 @@ def test_any_numbers_give_a_model_or_a_reason(config: ModelConfig, tp: int) -> N
     if isinstance(model, Absent):
         assert model.detail
         return
-    assert weight_bytes_per_gpu(model, tp, speculative=True) > 0
+    assert weight_bytes_per_gpu(model, tp, Draft.MTP) > 0
     assert room(model, H100, tp).kv_bytes >= 0
     assert decode_step(model, H100, switch_of(H100), tp).seconds > 0
     why_tp_impossible(model, tp)

@@ -22,6 +22,7 @@ OTHER_ALARMS = {
     "cooling-insufficient/quiet-brake": "power-brake",
     "driver-unresponsive/quiet-lost": "gpu-lost",
     "fp8-block-misaligned/quiet-heads": "tp-heads-indivisible",
+    "fp8-block-misaligned/quiet-tile": "tp-heads-indivisible",
     "fp8-not-engaged/quiet-engaged": "tp-single-stream-stall",
     "gpu-hung/quiet-collective": "engine-stalled",
     "gpu-hung/quiet-lost": "gpu-lost",

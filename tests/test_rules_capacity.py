@@ -6,6 +6,7 @@ from typing import Any
 
 import nodes
 import pytest
+from launches import NO_WEIGHTS, starting
 from loads import loaded
 from nodes import one, quiet
 
@@ -20,7 +21,6 @@ MINE = (
     throughput_below_reference.RULE,
 )
 
-NO_WEIGHTS = Absent(Why.NOT_ASKED)
 FP8 = {"quantization_method": "fp8", "quantization_weight_bits": 8, "quantization_weight_type": "float"}
 
 
@@ -28,16 +28,6 @@ def with_model(visits: tuple[Snapshot, ...], **changes: Any) -> tuple[Snapshot, 
     return nodes.each(
         visits, lambda s: nodes.with_engine(s, **{f"model__{name}": value for name, value in changes.items()})
     )
-
-
-def starting(visits: tuple[Snapshot, ...]) -> tuple[Snapshot, ...]:
-    """Return the visits of an engine that has not come up: no page yet, and a log that stops at its configuration."""
-
-    def early(snapshot: Snapshot) -> Snapshot:
-        lines = tuple(e for e in snapshot.engine_events if e.signal != "startup-complete")
-        return nodes.put(snapshot, engine_events=lines, metrics=())
-
-    return nodes.each(visits, early)
 
 
 @pytest.mark.parametrize("rule", MINE, ids=lambda r: r.id)
@@ -78,7 +68,7 @@ def test_weights_larger_than_the_gpus_cannot_fit() -> None:
     """Llama 3.3 70B in BF16 at TP 1: 141 GB on a card of 85 GB."""
     finding = one(model_does_not_fit.RULE, starting(nodes.healthy("hgx-h100-8", tp=1)))
     assert finding.severity is Severity.CRITICAL
-    assert finding.confidence is Confidence.LOW
+    assert finding.confidence is Confidence.MEDIUM
     assert "141.1 GB of weights" in finding.summary
     assert "cannot" in finding.summary
     assert finding.facts["tensor-parallel-size"] == "4"

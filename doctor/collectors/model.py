@@ -86,12 +86,12 @@ class ServedModels:
 
 
 def _text_beside(inside: Path, folder: str) -> str | None:
-    for name in BESIDE:
-        try:
-            return files.text_of(files.within(inside, f"{folder}/{name}"), CONFIG_BYTES)
-        except OSError:
-            continue
-    return None
+    paths = (files.within(inside, f"{folder}/{name}") for name in BESIDE)
+    found = next((path for path in paths if path.is_file()), None)
+    try:
+        return None if found is None else files.text_of(found, CONFIG_BYTES)
+    except OSError:
+        return None
 
 
 def _folders(root: Path, engine: Engine, model: str) -> Iterator[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from doctor.machine.card import Card
-from doctor.machine.weights import HALF_BYTES, Model, kv_bytes_per_token, weight_bytes_per_gpu
+from doctor.machine.weights import HALF_BYTES, Draft, Model, kv_bytes_per_token, model_of, weight_bytes_per_gpu
+from doctor.snapshot import Absent, Maybe, ModelConfig, known
 
 RUNTIME_BYTES = 5e9
 """Activations, CUDA graphs, NCCL's buffers and the context on each GPU (document 0). 8.3 GB with vLLM 0.9 and
@@ -40,6 +41,11 @@ class Room(msgspec.Struct, frozen=True, kw_only=True):
         """The same beside the smallest runtime."""
         return int(self.kv_bytes_at_most / self.kv_bytes_per_token)
 
+    @property
+    def kv_bytes_beside_weights(self) -> float:
+        """What the weights alone would leave: no engine has more."""
+        return max(0.0, self.budget_bytes - self.weight_bytes)
+
     def holds(self, context: int) -> bool:
         """Whether one request of *context* tokens is expected to fit."""
         return self.kv_tokens >= max(context, 1)
@@ -56,7 +62,7 @@ def room(
     *,
     utilization: float = UTILIZATION,
     kv_element_bytes: float = HALF_BYTES,
-    speculative: bool = False,
+    draft: Draft = Draft.NONE,
 ) -> Room:
     """Return the room that a model leaves on each of *tp* cards.
 
@@ -65,14 +71,14 @@ def room(
     bytes a token: 438,000 tokens.
     """
     budget_bytes = card.memory_bytes * utilization
-    weight_bytes = weight_bytes_per_gpu(model, tp, speculative=speculative)
+    weight_bytes = weight_bytes_per_gpu(model, tp, draft)
     left = budget_bytes - weight_bytes
     return Room(
         budget_bytes=budget_bytes,
         weight_bytes=weight_bytes,
         kv_bytes=max(0.0, left - RUNTIME_BYTES),
         kv_bytes_at_most=max(0.0, left - LEAST_RUNTIME_BYTES),
-        kv_bytes_per_token=kv_bytes_per_token(model, tp, kv_element_bytes),
+        kv_bytes_per_token=kv_bytes_per_token(model, tp, kv_element_bytes, draft),
     )
 
 
@@ -83,6 +89,8 @@ class Obstacle(msgspec.Struct, frozen=True, kw_only=True):
     """`heads`, `kv-heads`, `width`, `fp8-block` or `group`."""
     what: str
     """The dimension, in words."""
+    field: str
+    """Where `config.json` says it."""
     size: int
     unit: int
     """What a GPU's share has to be a multiple of; 1: it has only to be whole."""
@@ -108,21 +116,46 @@ def why_tp_impossible(model: Model, tp: int, *, expert_parallel: bool = False) -
         return ()
     found: list[Obstacle] = []
     if model.attention_heads % tp:
-        found.append(Obstacle(kind="heads", what="attention heads", size=model.attention_heads, unit=1))
+        found.append(_heads(model.attention_heads))
     elif not model.latent_dim and model.kv_heads % tp and tp % model.kv_heads:
-        found.append(Obstacle(kind="kv-heads", what="KV heads", size=model.kv_heads, unit=1))
+        field = "num_key_value_heads"
+        found.append(Obstacle(kind="kv-heads", what="KV heads", field=field, size=model.kv_heads, unit=1))
     block, group = model.precision.block, model.precision.group
     for width in model.widths:
         if width.routed and expert_parallel:
             continue
         share = width.size // tp
+        kind, unit = "", 1
         if width.size % tp:
-            found.append(Obstacle(kind="width", what=width.what, size=width.size, unit=1))
+            kind = "width"
         elif width.quantized and block and share % max(block):
-            found.append(Obstacle(kind="fp8-block", what=width.what, size=width.size, unit=max(block)))
+            kind, unit = "fp8-block", max(block)
         elif width.quantized and group and share % group:
-            found.append(Obstacle(kind="group", what=width.what, size=width.size, unit=group))
+            kind, unit = "group", group
+        if kind:
+            found.append(Obstacle(kind=kind, what=width.what, field=width.field, size=width.size, unit=unit))
     return tuple(found)
+
+
+def _heads(count: int) -> Obstacle:
+    return Obstacle(kind="heads", what="attention heads", field="num_attention_heads", size=count, unit=1)
+
+
+def obstacles_in(
+    config: ModelConfig, tp: int, *, quantization: str | None = None, expert_parallel: bool = False
+) -> Maybe[tuple[Obstacle, ...]]:
+    """Return what keeps the model of a `config.json` from being split over *tp* GPUs, whatever the GPUs are.
+
+    The attention heads are told of every type of model, the rest of those that the arithmetic knows; for the others,
+    absent unless the heads are in the way already.
+    """
+    model = model_of(config, quantization)
+    if not isinstance(model, Absent):
+        return why_tp_impossible(model, tp, expert_parallel=expert_parallel)
+    heads = config.attention_heads
+    if known(heads) and heads > 0 and heads % max(tp, 1):
+        return (_heads(heads),)
+    return model
 
 
 def narrower_sizes(model: Model, tp: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from doctor.machine.card import Card, card_of
 from doctor.machine.fabric import Fabric, fabric_between
 from doctor.machine.fit import LATER_FROM, LATER_UTILIZATION, UTILIZATION, Obstacle, Room, room, why_tp_impossible
 from doctor.machine.step import Step, decode_step, prefill_step
-from doctor.machine.weights import Model, kv_element_bytes, model_of
+from doctor.machine.weights import Draft, Model, draft_of, kv_element_bytes, model_of
 from doctor.snapshot import Absent, Engine, GpuPair, Maybe, Snapshot, Why, known, or_none
 
 
@@ -31,7 +31,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     context: int | None
     """The longest request that the engine promises to hold; None where nothing tells."""
     expert_parallel: bool
-    speculative: bool
+    draft: Draft
 
     def fabric(self, tp: int | None = None) -> Maybe[Fabric]:
         """Return what *tp* of the GPUs talk over; absent where their links were not seen, or they are too few.
@@ -76,7 +76,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
             tp or len(self.gpus),
             utilization=self.utilization,
             kv_element_bytes=self.kv_element_bytes,
-            speculative=self.speculative,
+            draft=self.draft,
         )
 
     def obstacles(self, tp: int | None = None) -> tuple[Obstacle, ...]:
@@ -120,7 +120,7 @@ def serving_of(snapshot: Snapshot, engine: Engine, gpus: Sequence[str], *, custo
         kv_element_bytes=element_bytes,
         context=next((length for length in lengths if known(length)), None),
         expert_parallel=or_none(flags.expert_parallel) is True,
-        speculative="mtp" in (or_none(flags.speculative) or "").lower(),
+        draft=draft_of(or_none(flags.speculative)),
     )
 
 

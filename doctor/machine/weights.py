@@ -6,6 +6,7 @@ spread it (the rest is copied), and what share of it a step reads.
 
 from __future__ import annotations
 
+import enum
 import fnmatch
 import re
 
@@ -57,6 +58,8 @@ class Width(msgspec.Struct, frozen=True, kw_only=True):
 
     what: str
     size: int
+    field: str
+    """Where `config.json` says it."""
     quantized: bool
     routed: bool = False
     """Of an expert: expert parallelism leaves it whole."""
@@ -96,8 +99,11 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     experts_per_token: int = 0
     precision: Precision
     parts: tuple[Part, ...]
+    speculative_layers: int = 0
     speculative_parts: tuple[Part, ...] = ()
     """Multi-token-prediction layers: in the files, loaded only where speculation is asked for."""
+    eagle_parts: tuple[Part, ...] = ()
+    """An EAGLE head for this model: one layer of its shape in BF16, which joins the token before; none for experts."""
 
     @property
     def parameters(self) -> int:
@@ -228,12 +234,18 @@ class _Counted:
         self.shared_size = _count(config.shared_expert_intermediate_size) or (
             _count(config.shared_experts) * self.expert_size
         )
+        self.shared_field = (
+            "shared_expert_intermediate_size"
+            if _count(config.shared_expert_intermediate_size)
+            else "n_shared_experts × moe_intermediate_size"
+        )
         self.dense_layers = min(_count(config.dense_layers), self.layers) if self.experts else self.layers
         self.speculative_layers = min(_count(config.speculative_layers), MOST_LAYERS)
         self.ignored = _Ignored(precision.ignored)
 
     def model(self) -> Model:
         parts = (*self._embeddings(), *self._parts(range(self.layers)))
+        following = range(self.layers, self.layers + self.speculative_layers)
         return Model(
             layers=self.layers,
             hidden_size=self.hidden,
@@ -248,20 +260,37 @@ class _Counted:
             experts_per_token=self.experts_per_token,
             precision=self.precision,
             parts=parts,
-            speculative_parts=self._parts(range(self.layers, self.layers + self.speculative_layers), joined=True),
+            speculative_layers=len(following),
+            speculative_parts=self._parts(following, joined=True),
+            eagle_parts=self._eagle_parts(),
         )
 
     def _widths(self, quantized: set[str]) -> tuple[Width, ...]:
+        dense, expert = "intermediate_size", "moe_intermediate_size" if self.expert_size != self.intermediate else ""
         sizes = {
-            "feed-forward": self.intermediate if self.dense_layers else 0,
-            "experts": self.expert_size if self.experts else 0,
-            "shared-experts": self.shared_size if self.experts else 0,
+            "feed-forward": (self.intermediate if self.dense_layers else 0, dense),
+            "experts": (self.expert_size if self.experts else 0, expert or dense),
+            "shared-experts": (self.shared_size if self.experts else 0, self.shared_field),
         }
         return tuple(
-            Width(what=f"width of the {name}", size=size, quantized=name in quantized, routed=name == "experts")
-            for name, size in sizes.items()
+            Width(
+                what=f"width of the {name}",
+                size=size,
+                field=field,
+                quantized=name in quantized,
+                routed=name == "experts",
+            )
+            for name, (size, field) in sizes.items()
             if size
         )
+
+    def _eagle_parts(self) -> tuple[Part, ...]:
+        if self.experts:
+            return ()
+        whole, self.precision = self.precision, Precision(name="bf16", weight_bytes=HALF_BYTES)
+        parts = self._parts(range(self.layers, self.layers + 1), joined=True)
+        self.precision = whole
+        return parts
 
     def _embeddings(self) -> tuple[Part, ...]:
         size = self.vocab * self.hidden
@@ -363,14 +392,44 @@ def _compiled(text: str) -> re.Pattern[str] | None:
         return None
 
 
-def weight_bytes_per_gpu(model: Model, tp: int, *, speculative: bool = False) -> float:
+class Draft(enum.Enum):
+    """What guesses tokens ahead, as far as its size follows from the model's."""
+
+    NONE = "none"
+    """Nothing, or something whose size nothing here tells: n-grams, a draft model of its own."""
+    MTP = "mtp"
+    """The checkpoint's own multi-token-prediction layers."""
+    EAGLE = "eagle"
+    """A head beside the checkpoint."""
+
+
+def draft_of(speculative: str | None) -> Draft:
+    """Return the draft that the method or the model of a speculative configuration names."""
+    name = (speculative or "").lower()
+    return next((draft for draft in (Draft.MTP, Draft.EAGLE) if draft.value in name), Draft.NONE)
+
+
+def draft_parts(model: Model, draft: Draft) -> tuple[Part, ...]:
+    """Return what a draft adds to the model's parts.
+
+    EAGLE for Llama 2 or 3 70B: a layer of 855.6 M and 2 × 8192 × 8192 = 134.2 M to join: 0.99 G, as its README says. An
+    EAGLE-3 head has a head of its own and a wider joint on top, up to 40 % more.
+    """
+    return {Draft.NONE: (), Draft.MTP: model.speculative_parts, Draft.EAGLE: model.eagle_parts}[draft]
+
+
+def draft_layers(model: Model, draft: Draft) -> int:
+    """Return how many layers with a KV cache of their own a draft adds."""
+    return {Draft.NONE: 0, Draft.MTP: model.speculative_layers, Draft.EAGLE: 1 if model.eagle_parts else 0}[draft]
+
+
+def weight_bytes_per_gpu(model: Model, tp: int, draft: Draft = Draft.NONE) -> float:
     """Return the bytes of weights that each of *tp* GPUs holds.
 
     Llama 3.3 70B in BF16 at TP 4: 70.55 G × 2 / 4 = 35.3 GB. Keys and values are copied beyond one head a GPU, so
-    at TP 16 its 8 KV heads would lie in two copies. *speculative* adds the multi-token-prediction layers.
+    at TP 16 its 8 KV heads would lie in two copies.
     """
-    parts = (*model.parts, *model.speculative_parts) if speculative else model.parts
-    return sum(part.bytes_per_gpu(tp) for part in parts)
+    return sum(part.bytes_per_gpu(tp) for part in (*model.parts, *draft_parts(model, draft)))
 
 
 def read_bytes_per_gpu(model: Model, tp: int, tokens: int) -> float:
@@ -385,16 +444,17 @@ def read_bytes_per_gpu(model: Model, tp: int, tokens: int) -> float:
     return sum(part.bytes_per_gpu(tp) * (chosen if part.routed else 1.0) for part in model.parts if part.read)
 
 
-def kv_bytes_per_token(model: Model, tp: int, element_bytes: float = HALF_BYTES) -> float:
+def kv_bytes_per_token(model: Model, tp: int, element_bytes: float = HALF_BYTES, draft: Draft = Draft.NONE) -> float:
     """Return the bytes of KV cache that one token of context takes on each of *tp* GPUs.
 
     Llama 3.3 70B at TP 4: keys and values × 80 layers × 2 of 8 heads × 128 × 2 bytes = 81,920. A head is never
     split, so beyond 8 GPUs it would be copied. DeepSeek-V3: 61 × (512 + 64) × 2 = 70,272 on every GPU, at any TP.
     """
+    layers = model.layers + draft_layers(model, draft)
     if model.latent_dim:
-        return model.layers * model.latent_dim * element_bytes
+        return layers * model.latent_dim * element_bytes
     heads = max(1, -(-model.kv_heads // tp))
-    return 2 * model.layers * heads * model.head_dim * element_bytes
+    return 2 * layers * heads * model.head_dim * element_bytes
 
 
 def kv_element_bytes(kv_cache_dtype: str | None) -> Maybe[float]:
