@@ -263,6 +263,14 @@ def triage(ctx: click.Context, files: tuple[Path, ...], config: Path | None, for
     show_default=True,
     help="Time between visits.",
 )
+@click.option(
+    "--web-config",
+    "--web.config.file",
+    "web_config",
+    type=FILE,
+    metavar="FILE",
+    help="TLS, client certificates and passwords, as in the Prometheus exporter-toolkit; read again when it changes.",
+)
 def daemon(
     *,
     simulate: str | None,
@@ -272,8 +280,9 @@ def daemon(
     optional: tuple[str, ...],
     listen: str,
     interval: float,
+    web_config: Path | None,
 ) -> None:
-    """Judge this node for ever, and serve /metrics, /healthz and /report."""
+    """Judge this node for ever, and serve /metrics, /healthz, /report and a page at /."""
     from doctor import daemon
     from doctor.door.address import address
 
@@ -287,6 +296,7 @@ def daemon(
         version=__version__,
         optional=_optional(site, optional),
         silences=site.silence,
+        web_config=web_config,
     )
 
 

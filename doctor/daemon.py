@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import msgspec
@@ -73,10 +74,19 @@ def run(  # the one function that ties feed, path, page and log together
     version: str,
     optional: frozenset[Source] = frozenset(),
     silences: Sequence[Silence] = (),
+    web_config: Path | None = None,
 ) -> None:
-    """Judge every visit and serve the last report until SIGTERM or SIGINT. Raises DoorError where it can't listen."""
+    """Judge every visit and serve the last report until SIGTERM or SIGINT. Raises DoorError where it can't."""
     log, tally = _log(), Tally()
-    door = Door(listen, tally, interval_seconds=interval_seconds, version=version, log=log)
+    door = Door(
+        listen,
+        tally,
+        interval_seconds=interval_seconds,
+        version=version,
+        log=log,
+        optional=optional,
+        web_config=web_config,
+    )
     before: tuple[ReportedFinding, ...] = ()
     try:
         with _ended_by_signals(), closing(visits), door.opened() as bound:

@@ -1,16 +1,35 @@
-"""The last report as Prometheus metrics. A value that was not seen is absent, never zero and never the one before."""
+"""The last report as Prometheus metrics. A value that was not seen is absent, never zero and never the one before.
+
+The page is written here rather than by a client library: it is made once a report out of values that never change,
+in both formats at once, which differ in a few lines.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 
 import msgspec
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
+from doctor.history import History
 from doctor.report import Report, Verdict
-from doctor.snapshot import Engine, EngineMetrics, Gpu, Maybe, Snapshot, Xid, known, or_none
+from doctor.snapshot import (
+    NOT_ASKED,
+    Engine,
+    EngineMetrics,
+    Gpu,
+    Maybe,
+    MigDevice,
+    OomKill,
+    Snapshot,
+    Sxid,
+    Xid,
+    known,
+    or_none,
+)
+from doctor.symptoms.draw import limit_of, node_draw
 from exporters.wording import cut, gpu_number, plain, severity_of
 
 Number = int | float | bool
@@ -22,6 +41,15 @@ LABEL_WIDTH = 120
 COUNTED_MAX = 512
 """How many label sets a counter of events holds: more would be somebody's forged log."""
 
+SERIES_MAX = 2048
+"""How many samples one metric has. Sixteen GPUs with 18 links and three kinds of errors have 864."""
+
+ENGINES_MAX = 64
+"""How many engines are told of: anybody may start a process that looks like one."""
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
 
 class Family(msgspec.Struct, frozen=True):
     """One metric with its help and its samples by the values of its labels."""
@@ -29,20 +57,102 @@ class Family(msgspec.Struct, frozen=True):
     name: str
     help: str
     labels: Labels
-    samples: dict[Labels, float]
+    samples: Mapping[Labels, float]
 
     @property
     def kind(self) -> str:
         """`counter` or `gauge`, as the name tells."""
         return "counter" if self.name.endswith("_total") else "gauge"
 
-    def metric(self) -> Metric:
-        """Return it in the client library's form."""
-        make = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
-        family = make(self.name, self.help, labels=self.labels)
-        for labels, value in self.samples.items():
-            family.add_metric(labels, value)
-        return family
+
+class Exposition(msgspec.Struct, frozen=True):
+    """A page of metrics in both formats that Prometheus reads."""
+
+    text: bytes
+    openmetrics: bytes
+
+
+def exposition(families: Iterable[Family]) -> Exposition:
+    """Write the metrics that have samples; what is over `SERIES_MAX` is left out and counted."""
+    text: list[str] = []
+    openmetrics: list[str] = []
+    left_out = 0
+    for family in families:
+        if family.samples:
+            left_out += max(0, len(family.samples) - SERIES_MAX)
+            _write(family, text, openmetrics)
+    cut_off = Family(
+        "gpu_doctor_series_left_out",
+        "Samples that are not on this page, because a metric had too many.",
+        (),
+        {(): left_out},
+    )
+    _write(cut_off, text, openmetrics)
+    openmetrics.append("# EOF\n")
+    return Exposition("".join(text).encode(), "".join(openmetrics).encode())
+
+
+def _write(family: Family, text: list[str], openmetrics: list[str]) -> None:
+    samples = "".join(
+        f"{family.name}{_braced(family.labels, values)} {_decimal(value)}\n"
+        for values, value in islice(family.samples.items(), SERIES_MAX)
+    )
+    bare = family.name.removesuffix("_total")  # OpenMetrics names the family without the suffix of its sample
+    for name, lines in ((family.name, text), (bare, openmetrics)):
+        lines.append(f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n{samples}")
+
+
+def _braced(names: Labels, values: Labels) -> str:
+    if not names:
+        return ""
+    return "{" + ",".join([f'{name}="{_escaped(value)}"' for name, value in zip(names, values, strict=True)]) + "}"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _decimal(value: float) -> str:
+    if math.isfinite(value):
+        return repr(float(value))
+    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """What a process, or several together, has used and holds."""
+
+    cpu_seconds: float
+    resident_bytes: int
+
+
+class Own(msgspec.Struct, frozen=True, kw_only=True):
+    """What the daemon tells about itself."""
+
+    version: str
+    started_at: float | None = None
+    """Unix time, seconds."""
+    costs: Mapping[str, Cost] = {}
+    """Of `daemon`, and of its `children` together."""
+    threads: int | None = None
+    open_fds: int | None = None
+    loop_lag_seconds: float | None = None
+    responses: Mapping[str, int] = {}
+    """Answers to HTTP requests, by status code."""
+    dropped: Mapping[str, int] = {}
+    """Connections that were not heard out, by reason."""
+    logins_failed: int | None = None
+    web_config_loaded: bool | None = None
+    """Whether the last reading of the web configuration succeeded; None: there is none."""
+    web_config_loaded_at: float | None = None
+    """When it last succeeded, Unix time."""
+
+
+class _Stretch(msgspec.Struct, frozen=True):
+    """Since when an engine's counters have stood still."""
+
+    work: tuple[Maybe[float], ...]
+    since: float
+    until: float
 
 
 class Tally(msgspec.Struct):
@@ -52,6 +162,12 @@ class Tally(msgspec.Struct):
     nccl_timeouts: int | None = None
     """None until an engine's log was seen."""
     xids: Counter[Labels] = msgspec.field(default_factory=Counter[Labels])
+    sxids: Counter[Labels] = msgspec.field(default_factory=Counter[Labels])
+    oom_kills: int = 0
+    log_lines: int = 0
+    log_lines_dropped: int = 0
+    stretches: dict[str, _Stretch] = {}
+    """By engine: how long its counters have stood still while requests ran."""
 
     def add(self, report: Report) -> None:
         """Count what this visit brought."""
@@ -60,53 +176,127 @@ class Tally(msgspec.Struct):
         if snapshot.logs or snapshot.engine_events:
             lines = sum(event.count for event in snapshot.engine_events if event.signal == "watchdog-timeout")
             self.nccl_timeouts = (self.nccl_timeouts or 0) + lines
+        self.log_lines += sum(log.lines for log in snapshot.logs)
+        self.log_lines_dropped += sum(log.dropped for log in snapshot.logs)
         for event in snapshot.kernel:
-            if isinstance(event, Xid) and not event.before_boot:
-                key = (str(event.code), _label(event.pci_address))
-                if key in self.xids or len(self.xids) < COUNTED_MAX:
-                    self.xids[key] += 1
+            if event.before_boot:
+                continue
+            if isinstance(event, Xid):
+                _count(self.xids, (str(event.code), _label(event.pci_address)))
+            elif isinstance(event, Sxid):
+                _count(self.sxids, (str(event.code), _label(event.switch)))
+            elif isinstance(event, OomKill):
+                self.oom_kills += 1
+        self.stretches = {page.engine: self._stretch(page) for page in snapshot.metrics}
+
+    def _stretch(self, page: EngineMetrics) -> _Stretch:
+        work = (page.steps_total, page.generation_tokens_total, page.prompt_tokens_total)
+        before = self.stretches.get(page.engine)
+        busy = known(page.running) and page.running > 0
+        still = before is not None and busy and work == before.work
+        return _Stretch(work, before.since if before is not None and still else page.at, page.at)
+
+    def stall_seconds(self, engine: str) -> float | None:
+        """Return how long an engine has run requests without a step; None where its counters are not seen."""
+        stretch = self.stretches.get(engine)
+        if stretch is None or not any(map(known, stretch.work)):
+            return None
+        return max(0.0, stretch.until - stretch.since)
 
 
-class Page(Collector):
-    """What a scrape reads: the report that *latest* returns (None: there is none, or it is stale) and the tally."""
-
-    def __init__(self, latest: Callable[[], Report | None], tally: Tally, version: str) -> None:
-        self._latest = latest
-        self._tally = tally
-        self._version = version
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield every metric that has a value now."""
-        for family in families(self._latest(), self._tally, self._version):
-            if family.samples:
-                yield family.metric()
+def _count(counter: Counter[Labels], key: Labels) -> None:
+    if key in counter or len(counter) < COUNTED_MAX:
+        counter[key] += 1
 
 
-def families(report: Report | None, tally: Tally, version: str) -> Iterator[Family]:
+def families(report: Report | None, tally: Tally, own: Own) -> Iterator[Family]:
     """Yield every metric that there is, without samples where there is nothing to tell."""
-    yield from _of_the_daemon(tally, version)
+    yield from _of_the_daemon(own)
+    yield from _of_the_tally(tally)
     yield from _of_the_judgement(report)
     snapshot = report.snapshot if report else Snapshot(at=0.0)
     yield from _of_the_collectors(snapshot)
+    yield from _of_the_node(snapshot)
     yield from _of_the_gpus(snapshot)
+    yield from _of_the_mig_devices(snapshot)
     yield from _of_the_links(snapshot)
-    yield from _of_the_engines(snapshot)
+    yield from _of_the_engines(snapshot, tally)
 
 
-def _of_the_daemon(tally: Tally, version: str) -> Iterator[Family]:
-    yield Family("gpu_doctor_build_info", "The version of gpu-doctor.", ("version",), {(version,): 1.0})
-    yield Family("gpu_doctor_visits_total", "Visits since the daemon started.", (), {(): float(tally.visits)})
+def _of_the_daemon(own: Own) -> Iterator[Family]:
+    yield Family("gpu_doctor_build_info", "The version of gpu-doctor.", ("version",), {(own.version,): 1.0})
+    yield _single("process_start_time_seconds", "When the daemon started, Unix time.", own.started_at)
     yield Family(
-        "gpu_doctor_nccl_timeouts_total",
+        "gpu_doctor_process_cpu_seconds_total",
+        "CPU time of the daemon, and of its children together (NVML lives in one).",
+        ("process",),
+        {(name,): cost.cpu_seconds for name, cost in own.costs.items()},
+    )
+    yield Family(
+        "gpu_doctor_process_resident_memory_bytes",
+        "Memory of the daemon, and of its children together; pages that they share count in both.",
+        ("process",),
+        {(name,): cost.resident_bytes for name, cost in own.costs.items()},
+    )
+    yield _single("process_threads", "Threads of the daemon.", own.threads)
+    yield _single("process_open_fds", "File descriptors that the daemon holds.", own.open_fds)
+    yield _single(
+        "loop_lag_seconds", "How much later than due the last report came: visit and judgement.", own.loop_lag_seconds
+    )
+    yield Family(
+        "gpu_doctor_http_responses_total",
+        "Answers to HTTP requests since the daemon started.",
+        ("code",),
+        _counts(own.responses),
+    )
+    yield Family(
+        "gpu_doctor_http_connections_dropped_total",
+        "Connections that were not heard out: too slow, crowded out by newer ones, or no TLS handshake.",
+        ("reason",),
+        _counts(own.dropped),
+    )
+    yield _single("http_logins_failed_total", "Requests with a wrong user or password.", own.logins_failed)
+    yield _single(
+        "web_config_reload_successful",
+        "1 where the web configuration that lies on disk is in force, 0 where it is bad and the one before is.",
+        own.web_config_loaded,
+    )
+    yield _single(
+        "web_config_reload_success_timestamp_seconds",
+        "When the web configuration in force was read, Unix time.",
+        own.web_config_loaded_at,
+    )
+
+
+def _of_the_tally(tally: Tally) -> Iterator[Family]:
+    yield _single("visits_total", "Visits since the daemon started.", tally.visits)
+    yield _single(
+        "nccl_timeouts_total",
         "Lines of the NCCL watchdog about a collective that timed out, read since the daemon started.",
-        (),
-        {} if tally.nccl_timeouts is None else {(): float(tally.nccl_timeouts)},
+        tally.nccl_timeouts,
     )
     yield Family(
         "gpu_doctor_xids_total",
         "Xid lines of the kernel log, read since the daemon started; those of an earlier boot are left out.",
         ("xid", "pci_address"),
-        {labels: float(number) for labels, number in sorted(tally.xids.items())},
+        _counted(tally.xids),
+    )
+    yield Family(
+        "gpu_doctor_sxids_total",
+        "SXid lines (NVSwitch) of the kernel log, read since the daemon started; not those of an earlier boot.",
+        ("sxid", "switch"),
+        _counted(tally.sxids),
+    )
+    yield _single(
+        "oom_kills_total",
+        "Processes that the kernel's out-of-memory killer took, read in its log since the daemon started.",
+        tally.oom_kills,
+    )
+    yield _single("engine_log_lines_total", "Lines of engines' logs, read since the daemon started.", tally.log_lines)
+    yield _single(
+        "engine_log_lines_dropped_total",
+        "Lines of engines' logs that matter and were counted only, because a visit brought too many.",
+        tally.log_lines_dropped,
     )
 
 
@@ -127,12 +317,14 @@ def _of_the_judgement(report: Report | None) -> Iterator[Family]:
             finding = reported.finding
             words = (finding.failure_mode, severity_of(finding).word, finding.confidence.word)
             cause = "true" if reported.depth == 0 else "false"
+            silenced = "false" if reported.silence is None else "true"
             for uuid in finding.subject.gpus or ("",):
-                found[(*words, cause, *_gpu(uuid, report.snapshot))] = 1.0
+                found[(*words, cause, silenced, *_gpu(uuid, report.snapshot))] = 1.0
     yield Family(
         "gpu_doctor_finding",
-        "1 for each failure mode that is present, by GPU where it is about GPUs; root_cause tells whether a finding explains it.",
-        ("failure_mode", "severity", "confidence", "root_cause", "gpu", "uuid"),
+        "1 for each failure mode that is present, by GPU where it is about GPUs; root_cause tells whether another finding "
+        "explains it, silenced whether the site wants no alarm for it.",
+        ("failure_mode", "severity", "confidence", "root_cause", "silenced", "gpu", "uuid"),
         found,
     )
     yield Family(
@@ -184,6 +376,48 @@ def _of_the_collectors(snapshot: Snapshot) -> Iterator[Family]:
     )
 
 
+def _of_the_node(snapshot: Snapshot) -> Iterator[Family]:
+    gpus = [gpu for gpu in snapshot.gpus if gpu.lost is not True]
+    draw = node_draw(History((snapshot,), 0.0))
+    yield _single(
+        "node_power_watts",
+        "Power of all GPUs at the moment of the visit; absent where one of them does not tell.",
+        _sum(gpu.power.instant_watts for gpu in gpus),
+    )
+    yield _single(
+        "node_power_peak_watts",
+        "Highest common power of all GPUs since the visit before, their fast samples laid over each other.",
+        draw.peak.watts if draw else None,
+    )
+    yield _single(
+        "node_power_step_watts",
+        "Largest rise or fall of the common power within half a second since the visit before.",
+        max(draw.steps, default=0.0) if draw else None,
+    )
+    yield _single(
+        "node_power_limit_watts", "Power limits of all GPUs together.", _sum(_or_absent(limit_of(gpu)) for gpu in gpus)
+    )
+    host, manager = snapshot.host, snapshot.fabric_manager
+    yield _single("node_memory_bytes", "Main memory.", host.memory_total_bytes)
+    yield _single(
+        "node_memory_available_bytes", "Main memory that can be had without swapping.", host.memory_available_bytes
+    )
+    yield _single(
+        "node_memory_pressure_ratio",
+        "Share of the last minute in which all tasks waited for memory (PSI full).",
+        host.memory_pressure_ratio,
+    )
+    yield _single(
+        "node_blocked_tasks",
+        "Tasks of the driver and of engines in uninterruptible sleep.",
+        len(host.blocked_tasks) if known(host.blocked_tasks) else None,
+    )
+    yield _single("fabric_manager_running", "1 where the fabric manager's process exists.", manager.running)
+    yield _single(
+        "nvswitches", "NVSwitches that the driver shows.", len(manager.switches) if known(manager.switches) else None
+    )
+
+
 GPU = ("gpu", "uuid")
 
 
@@ -199,10 +433,36 @@ OF_A_GPU: tuple[tuple[str, str, Callable[[Gpu], Maybe[Number]]], ...] = (
         "NVML's T.Limit: how far the hottest sensor is from the slowdown reference.",
         lambda g: g.thermal.margin_celsius,
     ),
+    (
+        "gpu_slowdown_margin_celsius",
+        "The margin at which the hardware slows the GPU down.",
+        lambda g: g.thermal.slowdown_margin_celsius,
+    ),
+    (
+        "gpu_shutdown_margin_celsius",
+        "The margin at which the hardware turns the GPU off.",
+        lambda g: g.thermal.shutdown_margin_celsius,
+    ),
+    (
+        "gpu_slowdown_temperature_celsius",
+        "Older boards: the temperature at which the hardware slows the GPU down.",
+        lambda g: g.thermal.slowdown_celsius,
+    ),
+    (
+        "gpu_memory_temperature_max_celsius",
+        "Highest temperature at which the memory may work.",
+        lambda g: g.thermal.memory_max_celsius,
+    ),
+    ("gpu_fan_speed_ratio", "Speed of the fan as a share of its highest.", lambda g: _share(g.thermal.fan_percent)),
     ("gpu_power_watts", "Power, as the sensor averages it.", lambda g: g.power.average_watts),
     ("gpu_power_instant_watts", "Power at the moment of the visit.", lambda g: g.power.instant_watts),
     ("gpu_power_peak_watts", "Highest sample of power since the visit before.", _power_peak),
     ("gpu_power_limit_watts", "Power limit that is set.", lambda g: g.power.limit_watts),
+    (
+        "gpu_power_limit_enforced_watts",
+        "Power limit that binds: the lowest of those of driver, operator and board.",
+        lambda g: g.power.limit_enforced_watts,
+    ),
     (
         "gpu_power_limit_default_watts",
         "Power limit that the product comes with.",
@@ -210,6 +470,12 @@ OF_A_GPU: tuple[tuple[str, str, Callable[[Gpu], Maybe[Number]]], ...] = (
     ),
     ("gpu_energy_joules_total", "Energy since the driver was loaded.", lambda g: g.power.energy_joules),
     ("gpu_busy_ratio", "Share of the time in which any kernel ran.", lambda g: g.activity.gpu_ratio),
+    (
+        "gpu_memory_busy_ratio",
+        "Share of the time in which memory was read or written.",
+        lambda g: g.activity.memory_ratio,
+    ),
+    ("gpu_memory_bandwidth_ratio", "Share of the memory's bandwidth in use (GPM).", lambda g: g.activity.dram_ratio),
     ("gpu_sm_busy_ratio", "Share of the multiprocessors that were busy (GPM).", lambda g: g.activity.sm_ratio),
     (
         "gpu_tensor_busy_ratio",
@@ -238,23 +504,34 @@ OF_A_GPU: tuple[tuple[str, str, Callable[[Gpu], Maybe[Number]]], ...] = (
     ),
     ("gpu_memory_bytes", "Memory of the GPU.", lambda g: g.memory.total_bytes),
     ("gpu_memory_used_bytes", "Memory in use.", lambda g: g.memory.used_bytes),
+    ("gpu_sm_clock_hertz", "Clock of the multiprocessors.", lambda g: _hertz(g.clocks.sm_mhz)),
+    ("gpu_sm_clock_max_hertz", "Highest clock of the multiprocessors.", lambda g: _hertz(g.clocks.sm_max_mhz)),
+    ("gpu_memory_clock_hertz", "Clock of the memory.", lambda g: _hertz(g.clocks.memory_mhz)),
     (
-        "gpu_sm_clock_hertz",
-        "Clock of the multiprocessors.",
-        lambda g: g.clocks.sm_mhz * 1_000_000 if known(g.clocks.sm_mhz) else g.clocks.sm_mhz,
+        "gpu_performance_state",
+        "Performance state: 0 is the fastest, 15 the slowest.",
+        lambda g: g.clocks.performance_state,
     ),
     ("gpu_pcie_generation", "PCI Express generation now; idle links go down on purpose.", lambda g: g.pcie.generation),
     ("gpu_pcie_generation_max", "PCI Express generation that GPU and slot can do.", lambda g: g.pcie.generation_max),
     ("gpu_pcie_lanes", "PCI Express lanes now.", lambda g: g.pcie.width),
     ("gpu_pcie_lanes_max", "PCI Express lanes that GPU and slot can do.", lambda g: g.pcie.width_max),
     ("gpu_pcie_replays_total", "PCI Express replays.", lambda g: g.pcie.replays_total),
+    ("gpu_ecc_enabled", "1 where the memory is checked and corrected.", lambda g: g.ecc.enabled),
+    (
+        "gpu_ecc_sram_threshold_exceeded",
+        "1 where the driver says that SRAM failed too often.",
+        lambda g: g.ecc.sram_threshold_exceeded,
+    ),
     ("gpu_row_remap_pending", "1 where a memory row waits for a reset to be remapped.", lambda g: g.ecc.remap_pending),
     ("gpu_row_remap_failed", "1 where the remapping of a memory row failed.", lambda g: g.ecc.remap_failed),
     ("gpu_persistence_mode", "1 where persistence mode is on.", lambda g: g.persistence_mode),
     ("gpu_lost", "1 where NVML answers that the GPU is lost.", lambda g: g.lost),
+    ("gpu_numa_node", "The NUMA node beside the GPU.", lambda g: g.numa_node),
+    ("gpu_processes", "Processes that hold memory of the GPU.", lambda g: _length(g.processes)),
     ("gpu_mig_enabled", "1 where Multi-Instance GPU mode is on.", lambda g: g.mig.enabled),
     ("gpu_mig_enabled_after_reset", "1 where the mode will be on after a reset.", lambda g: g.mig.enabled_after_reset),
-    ("gpu_mig_devices", "MIG devices.", lambda g: len(g.mig.devices) if known(g.mig.devices) else g.mig.devices),
+    ("gpu_mig_devices", "MIG devices.", lambda g: _length(g.mig.devices)),
 )
 """Metrics with one value a GPU: name without its prefix, help, value."""
 
@@ -288,6 +565,7 @@ def _of_the_gpus(snapshot: Snapshot) -> Iterator[Family]:
             for labels, gpu in gpus.items()
             for reason, value in (
                 ("sw-power-cap", gpu.clocks.sw_power_cap_seconds),
+                ("sync-boost", gpu.clocks.sync_boost_seconds),
                 ("sw-thermal-slowdown", gpu.clocks.sw_thermal_seconds),
                 ("hw-thermal-slowdown", gpu.clocks.hw_thermal_seconds),
                 ("hw-power-brake", gpu.clocks.power_brake_seconds),
@@ -308,6 +586,38 @@ def _of_the_gpus(snapshot: Snapshot) -> Iterator[Family]:
         ),
     )
     yield Family(
+        "gpu_doctor_gpu_ecc_errors_lifetime_total",
+        "Memory errors over the board's life.",
+        (*GPU, "kind"),
+        _seen(
+            ((*labels, kind), value)
+            for labels, gpu in gpus.items()
+            for kind, value in (
+                ("corrected", gpu.ecc.corrected_aggregate),
+                ("uncorrected", gpu.ecc.uncorrected_aggregate),
+            )
+        ),
+    )
+    yield Family(
+        "gpu_doctor_gpu_rows_remapped_total",
+        "Memory rows that were replaced by spare ones, by what they had failed of, over the board's life.",
+        (*GPU, "kind"),
+        _seen(
+            ((*labels, kind), value)
+            for labels, gpu in gpus.items()
+            for kind, value in (
+                ("corrected", gpu.ecc.rows_remapped_corrected),
+                ("uncorrected", gpu.ecc.rows_remapped_uncorrected),
+            )
+        ),
+    )
+    yield Family(
+        "gpu_doctor_gpu_recovery_action_info",
+        "What the driver asks for: `none`, `reset`, `reboot`, `drain-p2p` or `drain-and-reset`.",
+        (*GPU, "action"),
+        {(*labels, _label(g.recovery_action)): 1.0 for labels, g in gpus.items() if known(g.recovery_action)},
+    )
+    yield Family(
         "gpu_doctor_gpu_fabric_info",
         "The GPU's registration with the NVLink fabric; `completed` is no proof that the fabric manager lives.",
         (*GPU, "state", "status", "health"),
@@ -317,6 +627,26 @@ def _of_the_gpus(snapshot: Snapshot) -> Iterator[Family]:
             if known((f := gpu.fabric).state)
         },
     )
+
+
+OF_A_MIG_DEVICE: tuple[tuple[str, str, Callable[[MigDevice], Maybe[Number]]], ...] = (
+    ("mig_device_memory_bytes", "Memory of a MIG device.", lambda d: d.memory_total_bytes),
+    ("mig_device_memory_used_bytes", "Memory of a MIG device in use.", lambda d: d.memory_used_bytes),
+    ("mig_device_multiprocessors", "Multiprocessors of a MIG device.", lambda d: d.multiprocessors),
+    ("mig_device_processes", "Processes that hold memory of a MIG device.", lambda d: _length(d.processes)),
+)
+"""Metrics with one value a MIG device: name without its prefix, help, value."""
+
+
+def _of_the_mig_devices(snapshot: Snapshot) -> Iterator[Family]:
+    devices = {
+        (*_gpu(gpu.uuid, snapshot), _label(device.uuid), _label(or_none(device.profile) or "")): device
+        for gpu in snapshot.gpus
+        for device in or_none(gpu.mig.devices) or ()
+    }
+    for name, text, value_of in OF_A_MIG_DEVICE:
+        values = _seen((labels, value_of(device)) for labels, device in devices.items())
+        yield Family(f"gpu_doctor_{name}", text, (*GPU, "device", "profile"), values)
 
 
 def _of_the_links(snapshot: Snapshot) -> Iterator[Family]:
@@ -330,6 +660,12 @@ def _of_the_links(snapshot: Snapshot) -> Iterator[Family]:
         "1 where the NVLink is active, 0 where it is not.",
         (*GPU, "link"),
         _seen((labels, link.active) for labels, link in links),
+    )
+    yield Family(
+        "gpu_doctor_nvlink_speed_bytes_per_second",
+        "What the NVLink can carry in one direction.",
+        (*GPU, "link"),
+        _seen((labels, link.speed_bytes_per_second) for labels, link in links),
     )
     yield Family(
         "gpu_doctor_nvlink_errors_total",
@@ -366,7 +702,12 @@ def _of_the_links(snapshot: Snapshot) -> Iterator[Family]:
         {
             (*labels, access): float(status == "ok")
             for labels, p in pairs
-            for access, status in (("read", p.p2p_read), ("write", p.p2p_write), ("atomics", p.p2p_atomics))
+            for access, status in (
+                ("read", p.p2p_read),
+                ("write", p.p2p_write),
+                ("nvlink", p.p2p_nvlink),
+                ("atomics", p.p2p_atomics),
+            )
             if known(status)
         },
     )
@@ -381,6 +722,7 @@ OF_AN_ENGINE: tuple[tuple[str, str, Callable[[EngineMetrics], Maybe[Number]]], .
         "Steps of the engine: flat while requests run means that it stalled.",
         lambda m: m.steps_total,
     ),
+    ("engine_kv_cache_tokens", "Tokens that the KV cache can hold.", lambda m: m.kv_cache_tokens),
     ("engine_generation_tokens_total", "Tokens generated.", lambda m: m.generation_tokens_total),
     ("engine_prompt_tokens_total", "Tokens read from prompts.", lambda m: m.prompt_tokens_total),
     ("engine_preemptions_total", "Requests put back because the KV cache was full.", lambda m: m.preemptions_total),
@@ -389,7 +731,20 @@ OF_AN_ENGINE: tuple[tuple[str, str, Callable[[EngineMetrics], Maybe[Number]]], .
 """Metrics with one value an engine, from its own page: name without its prefix, help, value."""
 
 
-def _of_the_engines(snapshot: Snapshot) -> Iterator[Family]:
+OF_AN_ENGINES_PROCESS: tuple[tuple[str, str, Callable[[Engine], Maybe[Number]]], ...] = (
+    ("engine_start_time_seconds", "When the engine's first process started, Unix time.", lambda e: e.started_at),
+    ("engine_cpu_seconds_total", "CPU time of the engine's first process.", lambda e: e.cpu_seconds),
+    ("engine_oom_kills_total", "OOM kills in the engine's control group.", lambda e: e.oom_kills_total),
+    ("engine_shared_memory_bytes", "Size of /dev/shm as the engine sees it.", lambda e: e.shared_memory.total_bytes),
+    ("engine_shared_memory_used_bytes", "Use of /dev/shm as the engine sees it.", lambda e: e.shared_memory.used_bytes),
+)
+"""Metrics with one value an engine, from its processes: name without its prefix, help, value."""
+
+HELD = frozenset(("stopped", "tracing-stop", "disk-sleep", "zombie", "dead"))
+"""States in which a worker takes part in no collective."""
+
+
+def _of_the_engines(snapshot: Snapshot, tally: Tally) -> Iterator[Family]:
     stack = snapshot.stack
     versions = (stack.driver, stack.nvml, stack.cuda_driver, stack.kernel)
     yield Family(
@@ -398,19 +753,50 @@ def _of_the_engines(snapshot: Snapshot) -> Iterator[Family]:
         ("driver", "nvml", "cuda_driver", "kernel"),
         {tuple(_label(or_none(v) or "") for v in versions): 1.0} if any(map(known, versions)) else {},
     )
-    names = _engine_names(snapshot.engines)
+    engines = sorted(snapshot.engines, key=lambda e: (e.started_at, e.pid))[:ENGINES_MAX]
+    names = _engine_names(engines)
     yield Family(
         "gpu_doctor_engine_info",
         "What a serving engine is, with the versions in its own environment.",
         ("engine", "kind", "version", "torch", "nccl", "model", "tensor_parallel_size"),
-        {
-            (names[e.id], _label(e.kind), *(_label(str(or_none(v) or "")) for v in _facts_of(e))): 1.0
-            for e in snapshot.engines
-        },
+        {(names[e.id], _label(e.kind), *(_label(str(or_none(v) or "")) for v in _facts_of(e))): 1.0 for e in engines},
+    )
+    for name, text, value_of in OF_AN_ENGINES_PROCESS:
+        values = _seen(((names[engine.id],), value_of(engine)) for engine in engines)
+        yield Family(f"gpu_doctor_{name}", text, ("engine",), values)
+    ranks = [
+        ((names[engine.id], str(rank.rank) if known(rank.rank) else _label(rank.title or f"pid {rank.pid}")), rank)
+        for engine in engines
+        for rank in engine.ranks
+    ]
+    yield Family(
+        "gpu_doctor_engine_rank_info",
+        "Which GPU a worker of an engine runs on.",
+        ("engine", "rank", *GPU),
+        {(*labels, *_gpu(rank.gpu, snapshot)): 1.0 for labels, rank in ranks if known(rank.gpu)},
+    )
+    yield Family(
+        "gpu_doctor_engine_rank_cpu_seconds_total",
+        "CPU time of a worker.",
+        ("engine", "rank"),
+        _seen((labels, rank.cpu_seconds) for labels, rank in ranks),
+    )
+    yield Family(
+        "gpu_doctor_engine_rank_held",
+        "1 where a worker is stopped, ended, or hangs in the kernel (state D), 0 where it can run.",
+        ("engine", "rank"),
+        {labels: float(rank.state in HELD) for labels, rank in ranks if known(rank.state)},
     )
     pages = [((names[m.engine],), m) for m in snapshot.metrics if m.engine in names]
-    for name, text, value_of in OF_AN_ENGINE:
-        yield Family(f"gpu_doctor_{name}", text, ("engine",), _seen((labels, value_of(page)) for labels, page in pages))
+    yield Family(
+        "gpu_doctor_engine_stall_seconds",
+        "How long requests have run without a step of the engine; 0: it moves, or has nothing to do.",
+        ("engine",),
+        {labels: s for labels, page in pages if (s := tally.stall_seconds(page.engine)) is not None},
+    )
+    for name, text, value_of_page in OF_AN_ENGINE:
+        values = _seen((labels, value_of_page(page)) for labels, page in pages)
+        yield Family(f"gpu_doctor_{name}", text, ("engine",), values)
 
 
 def _facts_of(engine: Engine) -> tuple[Maybe[str | int], ...]:
@@ -421,7 +807,7 @@ def _facts_of(engine: Engine) -> tuple[Maybe[str | int], ...]:
 def _engine_names(engines: Iterable[Engine]) -> dict[str, str]:
     """Name engines by unit, or kind and port: a pid would make new series at each restart."""
     names: dict[str, str] = {}
-    for engine in sorted(engines, key=lambda e: (e.started_at, e.pid)):
+    for engine in engines:
         port = or_none(engine.flags.port)
         name = _label(or_none(engine.unit) or (f"{engine.kind}:{port}" if port else engine.kind))
         taken = set(names.values())
@@ -431,6 +817,42 @@ def _engine_names(engines: Iterable[Engine]) -> dict[str, str]:
             unique, number = f"{name}#{number}", number + 1
         names[engine.id] = unique
     return names
+
+
+def _single(name: str, text: str, value: Maybe[Number] | None) -> Family:
+    """Return a metric without labels; it has no sample where there is no value."""
+    return Family(f"gpu_doctor_{name}", text, (), {(): float(value)} if value is not None and known(value) else {})
+
+
+def _counts(numbers: Mapping[str, int]) -> dict[Labels, float]:
+    return {(word,): float(number) for word, number in sorted(dict(numbers).items())}
+
+
+def _counted(counter: Counter[Labels]) -> dict[Labels, float]:
+    return {labels: float(number) for labels, number in sorted(dict(counter).items())}
+
+
+def _sum(values: Iterable[Maybe[float]]) -> float | None:
+    """Return the sum, or None where there is nothing to add or a part is unknown."""
+    added = list(values)
+    seen = [value for value in added if known(value)]
+    return sum(seen) if seen and len(seen) == len(added) else None
+
+
+def _or_absent(value: float | None) -> Maybe[float]:
+    return NOT_ASKED if value is None else value
+
+
+def _hertz(mhz: Maybe[int]) -> Maybe[Number]:
+    return mhz * 1_000_000 if known(mhz) else mhz
+
+
+def _share(percent: Maybe[float]) -> Maybe[Number]:
+    return percent / 100 if known(percent) else percent
+
+
+def _length(things: Maybe[tuple[object, ...]]) -> Maybe[Number]:
+    return len(things) if known(things) else things
 
 
 def _seen(values: Iterable[tuple[Labels, Maybe[Number]]]) -> dict[Labels, float]:

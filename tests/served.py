@@ -1,4 +1,4 @@
-"""A daemon over hand-made visits, to be run as a program: `served.py SCRIPT INTERVAL [HOST:PORT]`.
+"""A daemon over hand-made visits, to be run as a program: `served.py SCRIPT INTERVAL [HOST:PORT [WEB-CONFIG]]`.
 
 SCRIPT names the visits, e.g. `clear,lost,clear`; the last one goes on for ever, or with `stop` at the end no visit comes any more.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import msgspec
 import reports
@@ -74,6 +75,7 @@ if __name__ == "__main__":
             interval_seconds=float(sys.argv[2]),
             keep_seconds=3600,
             version="0.0.0",
+            web_config=Path(sys.argv[4]) if len(sys.argv) > 4 else None,
         )
     except DoorError as e:
         sys.exit(str(e))

@@ -1,150 +1,21 @@
-"""The daemon: one report at a time, served while it is fresh, its changes logged."""
+"""The daemon: one report at a time, its changes logged, ended gently."""
 
 from __future__ import annotations
 
-import gzip
-import http.client
-import json
-import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-import urllib.parse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import msgspec
 import pytest
 import reports
-from prometheus_client.parser import text_string_to_metric_families
+from daemons import PROGRAM, await_true, running
 
 from doctor.daemon import Change, changes
-from doctor.door.address import Address, DoorError, address
-from doctor.door.board import Board
 from doctor.report import ReportedFinding
 from doctor.rule import Confidence, Severity
 
-PROGRAM = Path(__file__).parent / "served.py"
-PATIENCE_SECONDS = 20.0
-
-
-class Daemon:
-    """A daemon that runs as a program of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE, text=True)
-        self.log: list[dict[str, object]] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        bound = str(self.await_event("listening")["address"])
-        self.host, _, port = bound.rpartition(":")
-        self.host, self.port = self.host.strip("[]"), int(port)
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log.append(json.loads(line) if line.startswith("{") else {"event": line})
-
-    def await_event(self, name: str, number: int = 1) -> dict[str, object]:
-        found = await_true(lambda: [e for e in self.log if e["event"] == name][number - 1 : number])
-        return found[0]
-
-    def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=10)
-        try:
-            connection.request(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()})
-            response = connection.getresponse()
-            return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
-        finally:
-            connection.close()
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        code = self.process.wait(PATIENCE_SECONDS)
-        self._reader.join(PATIENCE_SECONDS)
-        return code
-
-
-def await_true(ask: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> object:
-    until = time.monotonic() + seconds
-    while not (answer := ask()):
-        assert time.monotonic() < until, "it never came"
-        time.sleep(0.02)
-    return answer
-
-
-@contextmanager
-def running(*arguments: str) -> Iterator[Daemon]:
-    daemon = Daemon(*arguments)
-    try:
-        yield daemon
-    finally:
-        if daemon.process.poll() is None:
-            daemon.end()
-        assert daemon.process.stderr is not None
-        daemon.process.stderr.close()
-
-
-@pytest.fixture(scope="module")
-def lost() -> Iterator[Daemon]:
-    with running(str(PROGRAM), "lost", "0.2") as daemon:
-        await_true(lambda: daemon.get("/healthz")[0] == 200)
-        yield daemon
-
-
-def test_the_metrics_page_tells_the_finding(lost: Daemon) -> None:
-    status, headers, body = lost.get("/metrics")
-    assert status == 200
-    assert headers["content-type"].startswith("text/plain; version=0.0.4")
-    families = {f.name: f for f in text_string_to_metric_families(body.decode())}
-    (finding,) = families["gpu_doctor_finding"].samples
-    assert (finding.labels["failure_mode"], finding.labels["gpu"]) == ("gpu-lost", "2")
-
-
-def test_openmetrics_and_gzip_are_given_to_those_who_ask(lost: Daemon) -> None:
-    _, headers, body = lost.get(
-        "/metrics", Accept="application/openmetrics-text; version=1.0.0", Accept_Encoding="gzip"
-    )
-    assert headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
-    assert headers["content-encoding"] == "gzip"
-    assert int(headers["content-length"]) == len(body)
-    assert gzip.decompress(body).endswith(b"# EOF\n")
-
-
-def test_the_report_is_the_json_of_check(lost: Daemon) -> None:
-    status, headers, body = lost.get("/report")
-    assert (status, headers["content-type"]) == (200, "application/json")
-    assert json.loads(body)["findings"][0]["failure_mode"] == "gpu-lost"
-
-
-@pytest.mark.parametrize("path", ["/", "/metrics/", "/report.json", "/%6detrics", "/../etc/passwd"])
-def test_other_paths_are_not_there(lost: Daemon, path: str) -> None:
-    status, _, body = lost.get(path)
-    assert status == 404
-    assert b"/metrics, /healthz and /report" in body
-
-
-def test_a_query_does_not_matter_and_a_head_has_no_body(lost: Daemon) -> None:
-    assert lost.get("/metrics?name[]=up")[0] == 200
-    assert lost.get("/healthz", "HEAD")[0::2] == (200, b"")
-    assert lost.get("/metrics", "POST")[0] == 501
-
-
-def test_a_client_that_sends_garbage_or_leaves_does_no_harm(lost: Daemon) -> None:
-    for garbage in (b"\x00" * 100, b"GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text; version=x\r\n\r\n"):
-        with socket.create_connection((lost.host, lost.port)) as client:
-            client.sendall(garbage)
-    with socket.create_connection((lost.host, lost.port)):
-        assert lost.get("/healthz")[0] == 200
-
 
 def test_the_log_tells_what_appears_changes_and_clears_and_nothing_twice() -> None:
-    with running(str(PROGRAM), "clear,lost,lost,two,clear", "0.1") as daemon:
+    with running(PROGRAM, "clear,lost,lost,two,clear", "0.1") as daemon:
         daemon.await_event("finding cleared")
         told = [e for e in daemon.log if str(e["event"]).startswith("finding")]
     assert [e["event"] for e in told] == ["finding appeared", "finding changed", "finding cleared"]
@@ -158,68 +29,13 @@ def test_the_log_tells_what_appears_changes_and_clears_and_nothing_twice() -> No
     assert "timestamp" in appeared
 
 
-def test_what_is_stale_is_served_no_more() -> None:
-    with running(str(PROGRAM), "lost,stop", "0.3") as daemon:
-        await_true(lambda: daemon.get("/healthz")[0] == 200)
-        await_true(lambda: daemon.get("/healthz")[0] == 503)
-        assert b"the last report is" in daemon.get("/healthz")[2]
-        page = daemon.get("/metrics")[2].decode()
-        assert "gpu_doctor_build_info" in page
-        assert "gpu_doctor_finding" not in page
-        assert "celsius" not in page
-        assert daemon.get("/report")[0] == 503
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_gently(number: int) -> None:
-    with running(str(PROGRAM), "clear", "0.1") as daemon:
+    with running(PROGRAM, "clear", "0.1") as daemon:
         await_true(lambda: daemon.get("/healthz")[0] == 200)
         assert daemon.end(number) == 0
         events = [e["event"] for e in daemon.log]
         assert events[-2:] == ["closed", "ended"], "the feed was closed, and nothing was printed but events"
-
-
-def test_a_port_that_is_taken_is_said_in_a_sentence() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, str(PROGRAM), "clear", "1", f"127.0.0.1:{port}"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    assert done.returncode != 0
-    assert done.stderr == f"can't listen on 127.0.0.1:{port}: Address already in use\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "made"),
-    [("127.0.0.1:9481", Address("127.0.0.1", 9481)), ("[::1]:0", Address("::1", 0)), ("node:1", Address("node", 1))],
-)
-def test_addresses(text: str, made: Address) -> None:
-    assert address(text) == made
-    assert str(made) == text
-
-
-@pytest.mark.parametrize("text", ["", "9481", ":9481", "host:", "host:port", "host:70000", "host:-1", "host:٣"])
-def test_no_addresses(text: str) -> None:
-    with pytest.raises(DoorError, match="no address to listen on"):
-        address(text)
-
-
-def test_a_report_is_fresh_for_three_intervals() -> None:
-    now = 100.0
-    board = Board(15.0, clock=lambda: now)
-    assert board.fresh() is None
-    assert board.age_seconds() is None
-    report = reports.clear()
-    board.put(report)
-    now += 45.0
-    assert board.fresh() is report
-    now += 0.1
-    assert board.fresh() is None
-    board.put(report)
-    assert board.fresh() is report
 
 
 def reported(finding: object, **more: object) -> ReportedFinding:
@@ -253,51 +69,3 @@ def test_findings_about_two_gpus_are_not_mistaken_for_each_other() -> None:
     other = altered(reports.LOST, subject=msgspec.structs.replace(subject, gpus=(reports.uuid(3),)))
     assert list(changes((LOST, other), (other, LOST))) == []
     assert list(changes((LOST, other), (other,))) == [Change("cleared", LOST)]
-
-
-@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on this machine")
-def test_a_real_prometheus_scrapes_the_daemon(tmp_path: Path, lost: Daemon) -> None:
-    """Debian's Prometheus reads the page every second; the finding is asked back over its API."""
-    config = tmp_path / "prometheus.yml"
-    config.write_text(
-        "scrape_configs:\n"
-        "  - job_name: gpu-doctor\n"
-        "    scrape_interval: 1s\n"
-        "    scrape_timeout: 1s\n"
-        f"    static_configs: [{{targets: ['{lost.host}:{lost.port}']}}]\n"
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (tmp_path / "prometheus.log").open("w")
-    server = subprocess.Popen(
-        [
-            "prometheus",
-            f"--config.file={config}",
-            f"--storage.tsdb.path={tmp_path / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-        ],
-        stdout=log, stderr=log, env={"PATH": os.environ["PATH"], "GOMAXPROCS": "1"},
-    )  # fmt: skip
-
-    def asked(query: str) -> list[dict[str, dict[str, str]]]:
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", "/api/v1/query?" + urllib.parse.urlencode({"query": query}))
-            body = connection.getresponse().read()
-            connection.close()
-        except OSError:
-            return []
-        return json.loads(body).get("data", {}).get("result", []) if body.startswith(b"{") else []
-
-    try:
-        (finding,) = await_true(lambda: asked('gpu_doctor_finding{failure_mode="gpu-lost"}'))  # type: ignore[misc]
-        assert finding["metric"]["uuid"] == reports.uuid(2)
-        assert finding["metric"]["severity"] == "critical"
-        (up,) = asked('up{job="gpu-doctor"}')
-        assert up["value"][1] == "1"
-        assert len(asked("gpu_doctor_gpu_temperature_celsius")) == 3, "the lost GPU has no temperature"
-    finally:
-        server.terminate()
-        server.wait(PATIENCE_SECONDS)
-        log.close()

@@ -12,27 +12,38 @@ import pytest
 import reports
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from doctor.report import Report
-from doctor.snapshot import Absent, Gpu, NvLink, Power, Snapshot, Thermal, Why, Xid
-from exporters.prometheus import Family, Page, Tally, families
+from doctor.snapshot import Absent, Gpu, NvLink, Power, Rank, Sample, Snapshot, Sxid, Thermal, Why, Xid
+from exporters.prometheus import SERIES_MAX, Cost, Exposition, Family, Own, Tally, exposition, families
+
+OWN = Own(
+    version="0.0.0",
+    started_at=reports.AT - 3600,
+    costs={"daemon": Cost(12.5, 40_000_000), "children": Cost(3.25, 30_000_000)},
+    threads=4,
+    open_fds=17,
+    loop_lag_seconds=0.25,
+    responses={"200": 240, "404": 1},
+    dropped={"crowded-out": 0, "no-handshake": 0, "slow": 2},
+    logins_failed=3,
+    web_config_loaded=True,
+    web_config_loaded_at=reports.AT - 3600,
+)
 
 
 def page(report: Report | None, tally: Tally | None = None) -> str:
-    return generate_latest(registry(report, tally)).decode()
+    return both(report, tally).text.decode()
 
 
-def registry(report: Report | None, tally: Tally | None = None) -> CollectorRegistry:
+def both(report: Report | None, tally: Tally | None = None) -> Exposition:
     if tally is None:
         tally = Tally()
         if report is not None:
             tally.add(report)
-    made = CollectorRegistry()
-    made.register(Page(lambda: report, tally, "0.0.0"))
-    return made
+    return exposition(families(report, tally, OWN))
 
 
 def test_the_page_is_as_it_was_approved() -> None:
@@ -45,7 +56,23 @@ def test_a_client_reads_the_page_back(name: str) -> None:
     read = {family.name: family for family in text_string_to_metric_families(page(report))}
     verdicts = {s.labels["verdict"]: s.value for s in read["gpu_doctor_verdict"].samples}
     assert [word for word, value in verdicts.items() if value] == [report.verdict.value]
-    assert generate_openmetrics(registry(report)).endswith(b"# EOF\n")
+
+
+@pytest.mark.parametrize("name", reports.ALL)
+def test_both_formats_say_the_same(name: str) -> None:
+    made = both(reports.ALL[name]())
+    text = {
+        (s.name, *sorted(s.labels.items())): s.value
+        for f in text_string_to_metric_families(made.text.decode())
+        for s in f.samples
+    }
+    openmetrics = {
+        (s.name, *sorted(s.labels.items())): s.value
+        for f in openmetrics_families(made.openmetrics.decode())
+        for s in f.samples
+    }
+    assert text == openmetrics
+    assert made.openmetrics.endswith(b"# EOF\n")
 
 
 @pytest.mark.parametrize("name", reports.ALL)
@@ -65,7 +92,10 @@ def test_findings_name_the_gpu_and_whether_they_are_the_root() -> None:
     assert 'gpu="2"' in lost
     assert f'uuid="{reports.uuid(2)}"' in lost
     assert 'root_cause="true"' in lost
-    assert 'failure_mode="nccl-timeout",gpu="",root_cause="false"' in text
+    assert (
+        'failure_mode="nccl-timeout",severity="critical",confidence="high",root_cause="false",silenced="false",gpu=""'
+        in text
+    )
     assert 'gpu_doctor_unjudged{failure_mode="nvswitch-fabric-fault",reason="no-permission"} 1.0' in text
 
 
@@ -88,12 +118,10 @@ def test_nothing_is_told_where_there_is_no_fresh_report() -> None:
     tally = Tally()
     tally.add(reports.lost_gpu())
     names = {line.split("{")[0].split()[0] for line in page(None, tally).splitlines() if not line.startswith("#")}
-    assert names == {
-        "gpu_doctor_build_info",
-        "gpu_doctor_visits_total",
-        "gpu_doctor_nccl_timeouts_total",
-        "gpu_doctor_xids_total",
-    }
+    own = ("build_info", "process_", "http_", "web_config_", "loop_lag", "series_left_out")
+    counted = ("visits_total", "xids_total", "nccl_timeouts_total", "oom_kills_total", "engine_log_lines_")
+    assert {name for name in names if not name.removeprefix("gpu_doctor_").startswith((*own, *counted))} == set()
+    assert "gpu_doctor_xids_total" in names
 
 
 def test_events_are_counted_over_visits() -> None:
@@ -135,7 +163,8 @@ def test_an_engine_keeps_its_series_across_a_restart() -> None:
         )
     )
     assert 'gpu_doctor_engine_requests_running{engine="vllm.service"} 12.0' in before
-    assert before == after
+    series = [{line.rpartition(" ")[0] for line in text.splitlines()} for text in (before, after)]
+    assert series[0] == series[1]
 
 
 def test_two_engines_of_one_name_are_two_series() -> None:
@@ -147,7 +176,7 @@ def test_two_engines_of_one_name_are_two_series() -> None:
 
 
 def every_family() -> list[Family]:
-    return list(families(None, Tally(), "0.0.0"))
+    return list(families(None, Tally(), Own(version="0.0.0")))
 
 
 def test_names_say_their_unit_and_help_says_what_they_are() -> None:
@@ -167,3 +196,75 @@ HOSTILE = st.text(alphabet=st.characters(), max_size=40)
 def test_any_name_gives_a_page_that_can_be_read(uuid: str, name: str) -> None:
     report = reports.report(Snapshot(at=reports.AT, gpus=(Gpu(uuid=uuid, index=0, name=name, lost=True),)))
     assert list(text_string_to_metric_families(page(report)))
+
+
+def test_a_metric_has_a_bounded_number_of_samples_and_the_rest_is_counted() -> None:
+    forged = tuple(f"GPU-{n}" for n in range(SERIES_MAX + 5))
+    finding = msgspec.structs.replace(reports.LOST, subject=msgspec.structs.replace(reports.LOST.subject, gpus=forged))
+    text = page(reports.report(reports.snapshot(reports.FOUR), finding))
+    assert text.count("\ngpu_doctor_finding{") == SERIES_MAX
+    assert "\ngpu_doctor_series_left_out 5.0\n" in text
+
+
+def test_a_hostile_log_makes_no_page_without_end() -> None:
+    tally = Tally()
+    for visit in range(20):
+        kernel = tuple(
+            Xid(text="", where="", code=n, pci_address=f"{visit:04x}:{n % 256:02x}:00.0") for n in range(1000)
+        )
+        switches = tuple(Sxid(text="", where="", code=n, switch="x" * 4000) for n in range(1000))
+        report = reports.report(reports.snapshot(reports.FOUR, kernel=(*kernel, *switches)))
+        tally.add(report)
+    assert len(page(report, tally)) < 400_000
+
+
+def moved(at: float, steps: float, running: float = 3.0) -> Report:
+    """Four GPUs and an engine with this many steps behind it."""
+    metrics = msgspec.structs.replace(reports.snapshot(()).metrics[0], at=at, running=running, steps_total=steps)
+    return reports.report(reports.snapshot(reports.FOUR, at=at, metrics=(metrics,)))
+
+
+def test_an_engine_that_runs_requests_and_makes_no_step_stalls() -> None:
+    tally, stalls = Tally(), []
+    for report in (moved(0, 10), moved(15, 20), moved(30, 20), moved(45, 20), moved(60, 20, running=0), moved(75, 21)):
+        tally.add(report)
+        stalls.append(tally.stall_seconds(reports.ENGINE))
+    assert stalls == [0, 0, 15, 30, 0, 0]
+    tally.add(reports.report(reports.snapshot(reports.FOUR, metrics=())))
+    assert tally.stall_seconds(reports.ENGINE) is None, "its page was not seen"
+
+
+def test_a_rank_is_told_with_its_gpu_and_whether_it_is_held() -> None:
+    engine = msgspec.structs.replace(
+        reports.snapshot(()).engines[0],
+        ranks=(
+            Rank(pid=1, rank=0, gpu=reports.uuid(0), state="sleeping", cpu_seconds=5.0),
+            Rank(pid=2, rank=1, gpu=reports.uuid(1), state="stopped"),
+        ),
+    )
+    text = page(reports.report(reports.snapshot(reports.FOUR, engines=(engine,))))
+    assert f'engine_rank_info{{engine="vllm.service",rank="1",gpu="1",uuid="{reports.uuid(1)}"}} 1.0' in text
+    assert 'engine_rank_held{engine="vllm.service",rank="0"} 0.0' in text
+    assert 'engine_rank_held{engine="vllm.service",rank="1"} 1.0' in text
+    assert 'engine_rank_cpu_seconds_total{engine="vllm.service",rank="0"} 5.0' in text
+    assert 'engine_rank_cpu_seconds_total{engine="vllm.service",rank="1"}' not in text
+
+
+def test_the_node_draws_what_its_gpus_draw_together() -> None:
+    samples = ((100.0, 300.0, 100.0), (100.0, 700.0, 100.0))
+    gpus = tuple(
+        msgspec.structs.replace(
+            reports.gpu(i),
+            power=Power(
+                instant_watts=each[-1],
+                limit_watts=700.0,
+                samples=tuple(Sample(reports.AT + 0.1 * n, watts) for n, watts in enumerate(each)),
+            ),
+        )
+        for i, each in enumerate(samples)
+    )
+    text = page(reports.report(reports.snapshot(gpus)))
+    for line in ("power_watts 200.0", "power_peak_watts 1000.0", "power_step_watts 800.0", "power_limit_watts 1400.0"):
+        assert f"\ngpu_doctor_node_{line}\n" in text
+    silent = msgspec.structs.replace(gpus[0], power=Power(instant_watts=Absent(Why.FAILED)))
+    assert "node_power_watts" not in page(reports.report(reports.snapshot((silent, gpus[1])))), "half a sum is none"

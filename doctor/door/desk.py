@@ -1,0 +1,155 @@
+"""The desk: answers a request from the last report, and never touches the hardware."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from http import HTTPStatus
+
+import msgspec
+
+from doctor.door.board import Board
+from doctor.door.request import Request, accepted
+from doctor.report import Report, essential_sources
+from doctor.snapshot import Snapshot, Source
+from exporters import html
+from exporters import json as json_report
+from exporters.prometheus import OPENMETRICS, TEXT, Exposition, Own, Tally, exposition, families
+from exporters.wording import SOURCE_NAMES, listed, plain
+
+PLAIN = "text/plain; charset=utf-8"
+
+SAFE = {
+    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "deny",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+"""What every answer says to browsers and proxies, unless the web configuration says otherwise."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What is sent back."""
+
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+    headers: Mapping[str, str] = {}
+
+
+def sentence(status: HTTPStatus, text: str, **headers: str) -> Answer:
+    """Return an answer of one line; underscores in the names of headers are hyphens."""
+    return Answer(
+        status, PLAIN, f"{text}\n".encode(), {name.replace("_", "-"): value for name, value in headers.items()}
+    )
+
+
+class Shown:
+    """What was made of one report: the metrics at once, the rest when somebody asks for it."""
+
+    def __init__(self, report: Report, metrics: Exposition, version: str) -> None:
+        self.report = report
+        self.metrics = metrics
+        self._version = version
+
+    @cached_property
+    def zipped_text(self) -> bytes:
+        """The metrics in Prometheus' text format, compressed."""
+        return gzip.compress(self.metrics.text, compresslevel=1, mtime=0)
+
+    @cached_property
+    def zipped_openmetrics(self) -> bytes:
+        """The metrics in the OpenMetrics format, compressed."""
+        return gzip.compress(self.metrics.openmetrics, compresslevel=1, mtime=0)
+
+    @cached_property
+    def json(self) -> bytes:
+        """The report as `check --format json` prints it."""
+        return json_report.render(self.report)
+
+    @cached_property
+    def html(self) -> bytes:
+        """The report for a browser."""
+        return html.render(self.report, self._version)
+
+
+class Desk:
+    """Shows reports, and answers requests from the last one while it is fresh."""
+
+    def __init__(
+        self, board: Board[Shown], tally: Tally, own: Callable[[], Own], optional: frozenset[Source] = frozenset()
+    ) -> None:
+        self._board = board
+        self._tally = tally
+        self._own = own
+        self._optional = optional
+
+    def show(self, report: Report) -> None:
+        """Answer from this report from now on."""
+        own = self._own()
+        self._board.put(Shown(report, exposition(families(report, self._tally, own)), own.version))
+
+    def why_ill(self) -> str | None:
+        """Return why the daemon does not judge this node, in a sentence; None: it does."""
+        shown, age, interval = self._board.fresh(), self._board.age_seconds(), self._board.interval_seconds
+        if age is None:
+            return "no report yet: the first visit has not ended"
+        if shown is None:
+            return f"the last report is {age:.0f} s old, and one is due every {interval:g} s"
+        return _blindness(shown.report.snapshot, self._optional)
+
+    def answer(self, request: Request) -> Answer:
+        """Return the answer to a request of somebody who may come in."""
+        answers = {"/": self._page, "/metrics": self._metrics, "/healthz": self._health, "/report": self._report}
+        answer = answers.get(request.path)
+        if answer is None:
+            return sentence(HTTPStatus.NOT_FOUND, "gpu-doctor serves /, /metrics, /healthz and /report")
+        if request.method not in ("GET", "HEAD"):
+            return sentence(HTTPStatus.METHOD_NOT_ALLOWED, "gpu-doctor only shows: GET and HEAD", Allow="GET, HEAD")
+        return answer(request)
+
+    def _metrics(self, request: Request) -> Answer:
+        openmetrics = accepted(request.headers.get("accept", ""), (TEXT, OPENMETRICS)) == OPENMETRICS
+        zipped = accepted(request.headers.get("accept-encoding", "identity"), ("gzip", "identity")) == "gzip"
+        shown = self._board.fresh()
+        if shown is None:  # only what the daemon knows of itself is left, and that as of now
+            now = exposition(families(None, self._tally, self._own()))
+            body = now.openmetrics if openmetrics else now.text
+            body = gzip.compress(body, compresslevel=1, mtime=0) if zipped else body
+        elif openmetrics:
+            body = shown.zipped_openmetrics if zipped else shown.metrics.openmetrics
+        else:
+            body = shown.zipped_text if zipped else shown.metrics.text
+        coding = {"Content-Encoding": "gzip"} if zipped else {}
+        kind = OPENMETRICS if openmetrics else TEXT
+        return Answer(HTTPStatus.OK, kind, body, {"Vary": "Accept, Accept-Encoding", **coding})
+
+    def _health(self, request: Request) -> Answer:  # noqa: ARG002 - like the others
+        ill = self.why_ill()
+        return sentence(HTTPStatus.OK, "ok") if ill is None else sentence(HTTPStatus.SERVICE_UNAVAILABLE, ill)
+
+    def _report(self, request: Request) -> Answer:
+        shown = self._board.fresh()
+        return self._health(request) if shown is None else Answer(HTTPStatus.OK, "application/json", shown.json)
+
+    def _page(self, request: Request) -> Answer:  # noqa: ARG002 - like the others
+        shown = self._board.fresh()
+        if shown is None:
+            status, body = (
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                html.render_nothing(self.why_ill() or "", self._own().version),
+            )
+        else:
+            status, body = HTTPStatus.OK, shown.html
+        return Answer(status, "text/html; charset=utf-8", body, {"Content-Security-Policy": html.POLICY})
+
+
+def _blindness(snapshot: Snapshot, optional: frozenset[Source]) -> str | None:
+    """Return why nothing of what matters could be seen; None: something was."""
+    essential = sorted(essential_sources(snapshot) - optional, key=lambda source: source.value)
+    blind = [(source, why) for source in essential if (why := snapshot.why_unseen(source)) is not None]
+    if not essential or len(blind) < len(essential):
+        return None
+    return f"blind: {listed(f'{SOURCE_NAMES[source]} ({plain(str(why))})' for source, why in blind)} could not be seen"
