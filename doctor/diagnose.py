@@ -17,15 +17,24 @@ def watch(
     keep: float,
     optional: frozenset[Source] = frozenset(),
     silences: Sequence[Silence] = (),
+    *,
+    past: Sequence[Snapshot] = (),
 ) -> Iterator[Report]:
     """Yield a report after each visit. *keep*: how many seconds of visits the rules remember.
 
-    *optional* sources, unseen, don't make a report incomplete; *silences* keep findings out of the verdict.
+    *optional* sources, unseen, don't make a report incomplete; *silences* keep findings out of the verdict. *past*:
+    visits before the first, remembered and not reported.
     """
     history: History | None = None
+    for snapshot in past:
+        history = _after(history, snapshot, keep)
     for snapshot in visits:
-        history = History((snapshot,), keep) if history is None else history.after(snapshot)
+        history = _after(history, snapshot, keep)
         yield judge(history, rules, optional, silences)
+
+
+def _after(history: History | None, snapshot: Snapshot, keep: float) -> History:
+    return History((snapshot,), keep) if history is None else history.after(snapshot)
 
 
 def judge(

@@ -1,0 +1,133 @@
+"""The flight recorder of a daemon: it writes beside the visits, and holds in memory what the disk does not take."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from doctor.recorder.folder import Bounds, Folder, RecorderError, Shelf
+from doctor.recorder.segment import Entry
+from doctor.snapshot import Recorder
+
+WAITING_MAX = 512
+"""Visits held until the disk takes them. The history shares those of its hour, so that they cost little."""
+
+PATIENCE_SECONDS = 10.0
+"""guess: a disk that has not written a few kilobytes by then is not slow but hung."""
+
+FAREWELL_SECONDS = 5.0
+"""How long the end of the program waits for the last visits to be written."""
+
+
+class FlightRecorder:
+    """Writes every visit that it is given, in a thread of its own: a hung disk must not hold the daemon.
+
+    Raises RecorderError where another daemon records into the same folder. A disk that refuses is no error: it is
+    told in `state`, and asked again at each visit.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        bounds: Bounds,
+        *,
+        keep_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.directory = directory
+        self.past: tuple[Entry, ...] = ()
+        """The entries of the last *keep_seconds* before the daemon started, oldest first."""
+        self.damaged = 0
+        """Places of the recording that could not be read back."""
+        self._clock = clock
+        self._shelf = Shelf(directory, bounds)
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[int, Entry]] = deque()
+        self._number = 0
+        self._failing_since: float | None = None
+        self._failure = ""
+        self._lost = 0
+        self._writing_since: float | None = None
+        self._ends = False
+        try:
+            self._shelf.take()
+            folder = Folder(directory)
+            self._number, self.past = folder.tail(keep_seconds)
+            self.damaged = len(folder.unread)
+        except OSError:
+            pass  # told at the first visit that can't be written
+        self._first = self._number + 1
+        self._thread = threading.Thread(target=self._work, name="flight-recorder", daemon=True)
+        self._thread.start()
+
+    def keep(self, entry: Entry) -> None:
+        """Write this visit when the disk takes it. Returns at once."""
+        with self._changed:
+            self._number += 1
+            self._waiting.append((self._number, entry))
+            if len(self._waiting) > WAITING_MAX:
+                self._waiting.popleft()
+                self._lost += 1
+            self._changed.notify()
+
+    def state(self) -> Recorder:
+        """Return how it fares, for the next snapshot."""
+        with self._changed:
+            since, failure = self._failing_since, self._failure
+            busy = self._writing_since
+            if busy is not None and self._clock() - busy > PATIENCE_SECONDS and self._waiting:
+                since = since or self._waiting[0][1].snapshot.at
+                failure = f"a write has not returned for {self._clock() - busy:.0f} s"
+            return Recorder(
+                directory=str(self.directory),
+                failing_since=since,
+                failure=failure,
+                waiting=len(self._waiting) if since is not None else 0,
+                lost=self._lost,
+                damaged=self.damaged,
+            )
+
+    def close(self) -> None:
+        """Write what waits, and let go of the folder."""
+        with self._changed:
+            self._ends = True
+            self._changed.notify()
+        self._thread.join(FAREWELL_SECONDS)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._ends)
+                if not self._waiting:
+                    break
+                number, entry = self._waiting[0]
+                self._writing_since = self._clock()
+            failure = self._written(number, entry)
+            with self._changed:
+                self._writing_since = None
+                if not failure:
+                    if self._waiting and self._waiting[0][0] == number:  # else it was given up meanwhile
+                        self._waiting.popleft()
+                    if not self._waiting:
+                        self._failing_since, self._failure = None, ""
+                    continue
+                if self._failing_since is None:
+                    self._failing_since = entry.snapshot.at
+                self._failure = failure
+                if self._ends:
+                    break
+                self._changed.wait()  # for the next visit
+        self._shelf.close()
+
+    def _written(self, number: int, entry: Entry) -> str:
+        """Write, and return why it failed; empty: it did not."""
+        try:
+            self._shelf.write(entry, number, is_start=number == self._first)
+        except OSError as e:
+            return e.strerror or str(e)
+        except RecorderError as e:
+            return str(e)
+        return ""
