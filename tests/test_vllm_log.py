@@ -470,3 +470,8 @@ def test_no_line_that_holds_a_literal_is_passed_over_unread(literal: str) -> Non
 def test_what_a_cut_or_foreign_line_says(line: str, signal: str, kind: str | None) -> None:
     (event,) = vllm_log.read(f"{line}\n".encode(), "a.log", 0.0).events
     assert (event.signal, event.facts.get("kind")) == (signal, kind)
+
+
+@pytest.mark.parametrize("code", [0, 130, 143])
+def test_an_exit_that_was_asked_for_is_no_death(code: int) -> None:
+    assert not vllm_log.read(f"vllm-1 exited with code {code}\n".encode(), "a.log", 0.0).events

@@ -531,7 +531,7 @@ def holds_literal(line: bytes) -> bool:
     return False
 
 
-_WORDS_OF_INDENTED_ERRORS = (b"rror: ", b"xception: ", b"Value error, ", b"NCCL WARN ", b"what(): ")
+_WORDS_OF_INDENTED_ERRORS = (b"rror: ", b"xception: ", b"Value error, ", b"NCCL WARN ", b"what(): ", b"OOMKilled")
 
 
 def _was_served(block: bytes, position: int) -> bool:
@@ -795,7 +795,9 @@ _EXCEPTION = re.compile(
 _EXCEPTION_IN_TRACE = re.compile(
     r"(?P<type>(?:[A-Za-z_]\w*\.){0,8}[A-Za-z_]\w{2,60})(?:: (?P<message>.*))?$", re.DOTALL
 )
-_QUOTED_ERROR = re.compile(r"\s+(?:(?:\w+\.)*[A-Z]\w*(?:Error|Exception): |Value error, |what\(\): |.{0,80}NCCL WARN )")
+_QUOTED_ERROR = re.compile(
+    r"\s+(?:(?:\w+\.)*[A-Z]\w*(?:Error|Exception): |Value error, |what\(\): |Reason: +OOMKilled|.{0,80}NCCL WARN )"
+)
 _HARMLESS = (
     "NVLink detection failed",
     "NVLink detection not possible",

@@ -81,7 +81,7 @@ _POISONED = frozenset(
 )
 """Errors that a running engine does not outlive, even where its log ends before it says so."""
 
-KILLED_EXIT_CODES = {-9: "SIGKILL", -11: "SIGSEGV", -7: "SIGBUS", -6: "SIGABRT", -4: "SIGILL", -8: "SIGFPE", 137: "SIGKILL", 139: "SIGSEGV", 135: "SIGBUS", 134: "SIGABRT"}  # fmt: skip
+KILLED_EXIT_CODES = {-9: "SIGKILL", -11: "SIGSEGV", -7: "SIGBUS", -6: "SIGABRT", -4: "SIGILL", -8: "SIGFPE", 137: "SIGKILL", 139: "SIGSEGV", 135: "SIGBUS", 134: "SIGABRT", 132: "SIGILL", 136: "SIGFPE"}  # fmt: skip
 """Exit codes that tell a signal: Python's negative numbers, and a shell's 128 + n."""
 
 _AFTERMATH_TYPES = ("CancelledError", "ConnectionResetError", "BrokenPipeError", "ConnectionRefusedError", "EOFError", "DistNetworkError", "DistStoreError", "ActorDiedError", "ValidationError", "SystemExit", "KeyboardInterrupt", "ZMQError", "CalledProcessError", "ClientDisconnect", "WorkerCrashedError", "RayTaskError")  # fmt: skip
