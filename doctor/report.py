@@ -190,7 +190,11 @@ def in_order_of_cause(
             return
         caused_by = tuple(sorted({findings[j].failure_mode for j in causes[i]})) if depth else ()
         placed[i] = ReportedFinding(finding=findings[i], caused_by=caused_by, depth=depth, silence=silences[i])
-        for j in sorted((j for j in causes if i in causes[j]), key=lambda j: rank(j)[1:]):  # silence moves no link
+        follow = sorted((j for j in causes if i in causes[j]), key=lambda j: rank(j)[1:])  # silence moves no link
+        for j in follow:
+            if not any(k in causes[j] and j not in causes[k] and k not in placed for k in follow):
+                place(j, depth + 1)  # else it hangs below the nearer cause, which comes here too
+        for j in follow:
             place(j, depth + 1)
 
     def weight(i: int) -> tuple[tuple[bool, int], Rank]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import EngineEvent, Source
+from doctor.symptoms.engine_groups import gpus_of_engine
 from doctor.symptoms.engine_log import KILLED_EXIT_CODES, REPORTS_OF_DEATH, EngineLog, Incident, incidents
 
 TOLD_BY_OTHERS = frozenset(
@@ -90,7 +91,7 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
     for log, incident in incidents(history):
         if _is_told(incident):
             continue
-        yield _finding(log, incident)
+        yield _finding(log, incident, gpus_of_engine(history, log.engine))
 
 
 def _is_told(incident: Incident) -> bool:
@@ -111,7 +112,7 @@ _NO_RULE = frozenset({"stream-capture", "unknown", "invalid-usage", "illegal-sta
 """Kinds of CUDA and NCCL errors that are no failure mode of their own: quoted here."""
 
 
-def _finding(log: EngineLog, incident: Incident) -> Finding:
+def _finding(log: EngineLog, incident: Incident, gpus: tuple[str, ...]) -> Finding:
     cause = incident.cause
     when = "while serving" if incident.serving else "while starting" if incident.fatal else "at its start or at work"
     vague = cause.signal in REPORTS_OF_DEATH
@@ -137,6 +138,7 @@ def _finding(log: EngineLog, incident: Incident) -> Finding:
         confidence=Confidence.LOW if vague or cause.signal == "rpc-timeout" else Confidence.MEDIUM,
         subject=Subject(
             engine=log.engine,
+            gpus=gpus,
             ranks=(f"rank{cause.rank}",) if cause.rank is not None else (),
             pids=(cause.pid,) if cause.pid is not None else (),
         ),

@@ -9,6 +9,7 @@ import msgspec
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
 from doctor.snapshot import Source
+from doctor.symptoms.engine_groups import gpus_of_engine
 from doctor.symptoms.engine_log import EngineLog, engine_logs
 from doctor.symptoms.stalls import Flat, Suspicion, Waits, flat_engines, suspicion, waits
 
@@ -121,7 +122,9 @@ def _finding(
         confidence=Confidence.HIGH
         if both or (stall is not None and guess.kind != "unknown")
         else _alone(waited, stall),
-        subject=Subject(engine=subject, ranks=guess.ranks, gpus=guess.gpus, pids=guess.pids),
+        subject=Subject(
+            engine=subject, ranks=guess.ranks, gpus=gpus_of_engine(history, subject) or guess.gpus, pids=guess.pids
+        ),
         since=stall.since if stall is not None else first_wait,
         facts=({"log": log.log} if log is not None else {}) | ({"pid": str(guess.pids[0])} if guess.pids else {}),
     )

@@ -10,10 +10,12 @@ from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
 from doctor.snapshot import Gpu, Source, known
 from doctor.symptoms.engine_groups import RankGroup, rank_groups
-from doctor.symptoms.engine_log import incidents
-from doctor.symptoms.names import name_of, names_of
+from doctor.symptoms.engine_log import engine_logs, incidents
+from doctor.symptoms.names import listed, name_of, names_of
 
 GIB = 1 << 30
+NO_PEERS = ("custom-allreduce-off-pcie", "custom-allreduce-off-p2p")
+"""vLLM's word that its ranks don't reach each other."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -46,31 +48,60 @@ class Limits(msgspec.Struct, frozen=True):
 def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     """Ask of each partitioned GPU whether a rank group needs it whole, a reset is due, and its memory is given out."""
     groups = [group for group in rank_groups(history) if group.size > 1]
+    for group in groups:
+        yield from _under_tensor_parallelism(history, group)
     for gpu in history.latest.gpus:
-        if gpu.mig.enabled is True:
-            yield from _under_tensor_parallelism(gpu, groups)
         yield from _pending(gpu)
         if gpu.mig.enabled is True and gpu.mig.enabled_after_reset is not False:
             yield from _unused(history, gpu, groups, limits)
     yield from _engine(history)
 
 
-def _under_tensor_parallelism(gpu: Gpu, groups: list[RankGroup]) -> Iterator[Finding]:
-    for group in groups:
-        if gpu.uuid not in group.gpus:
-            continue
-        count = f" ({len(gpu.mig.devices)} instances)" if known(gpu.mig.devices) else ""
-        yield Finding(
-            summary=f"{name_of(gpu)} is partitioned by MIG{count} and serves a group of {group.size} tensor-parallel "
-            "ranks: MIG has neither NVLink nor peer access",
-            evidence=(
-                Evidence(Source.NVML.value, f"GPU {gpu.index}: nvmlDeviceGetMigMode", "current mode is enabled"),
-                Evidence(Source.PROCESSES.value, group.engine, f"tensor-parallel size {group.size}"),
+def _under_tensor_parallelism(history: History, group: RankGroup) -> Iterator[Finding]:
+    latest = history.latest
+    gpus = [gpu for gpu in latest.gpus if gpu.uuid in group.gpus and gpu.mig.enabled is True]
+    if not gpus:
+        return
+    first = gpus[0]
+    if len(gpus) == 1:
+        count = f" ({len(first.mig.devices)} instances)" if known(first.mig.devices) else ""
+        who = f"{name_of(first)} is partitioned by MIG{count} and serves"
+    else:
+        who = f"{names_of(latest, [gpu.uuid for gpu in gpus])} are partitioned by MIG and serve"
+    yield Finding(
+        summary=f"{who} a group of {group.size} tensor-parallel ranks: MIG has neither NVLink nor peer access",
+        evidence=(
+            *(
+                Evidence(Source.NVML.value, f"GPU {gpu.index}: nvmlDeviceGetMigMode", "current mode is enabled")
+                for gpu in gpus
             ),
-            confidence=Confidence.HIGH if group.exact else Confidence.MEDIUM,
-            subject=Subject(gpus=(gpu.uuid,), engine=group.engine),
-            facts={"gpu-index": str(gpu.index)},
-        )
+            Evidence(Source.PROCESSES.value, group.engine, f"tensor-parallel size {group.size}"),
+            *_what_follows(history, group, {gpu.uuid for gpu in gpus}),
+        ),
+        confidence=Confidence.HIGH if group.exact else Confidence.MEDIUM,
+        subject=Subject(gpus=tuple(gpu.uuid for gpu in gpus), engine=group.engine),
+        facts={"gpu-index": str(first.index)},
+    )
+
+
+def _what_follows(history: History, group: RankGroup, partitioned: set[str]) -> Iterator[Evidence]:
+    """Yield what links, peer access and the engine look like under MIG: none of it is a fault of its own."""
+    latest = history.latest
+    unlinked = [gpu.index for gpu in latest.gpus if gpu.uuid in partitioned and not _has_link(gpu)]
+    if unlinked:
+        text = "no NVLink is up: MIG turns them off"
+        yield Evidence(Source.NVML.value, f"GPU {listed(map(str, unlinked))}: nvmlDeviceGetNvLinkState", text)
+    pairs = [pair for pair in latest.pairs if {pair.first, pair.second} <= set(group.gpus)]
+    apart = [p for p in pairs if {p.first, p.second} & partitioned and known(p.p2p_read) and p.p2p_read != "ok"]
+    if apart:
+        text = f"P2P read: {str(apart[0].p2p_read).replace('-', ' ')}"
+        yield Evidence(Source.NVML.value, f"P2P status of {len(apart)} of {len(pairs)} pairs", text)
+    off = [e for log in engine_logs(history) if log.engine == group.engine for e in log.having(*NO_PEERS)]
+    yield from (Evidence(Source.ENGINE_LOG.value, event.where, event.text) for event in off[:1])
+
+
+def _has_link(gpu: Gpu) -> bool:
+    return known(gpu.links) and any(link.active is True for link in gpu.links)
 
 
 def _pending(gpu: Gpu) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import EngineEvent, Source
+from doctor.symptoms.engine_groups import gpus_of_engine
 from doctor.symptoms.engine_log import EngineLog, Incident, incidents
 from doctor.symptoms.names import listed
 
@@ -70,7 +71,11 @@ def _timed_out(history: History, log: EngineLog, incident: Incident, timeouts: t
             *_beside(history, log, incident),
         ),
         confidence=Confidence.HIGH,
-        subject=Subject(engine=log.engine, ranks=tuple(f"rank{rank}" for rank in reporters)),
+        subject=Subject(
+            engine=log.engine,
+            gpus=gpus_of_engine(history, log.engine),
+            ranks=tuple(f"rank{rank}" for rank in reporters),
+        ),
         since=incident.at,
         facts={"log": log.log},
     )
@@ -109,7 +114,7 @@ def _failed(history: History, log: EngineLog, incident: Incident) -> Finding:
         summary=f"Communication between ranks failed: {what}{hint}",
         evidence=(*_quotes((cause,)), *_beside(history, log, incident)),
         confidence=Confidence.MEDIUM if warned else Confidence.LOW,
-        subject=Subject(engine=log.engine),
+        subject=Subject(engine=log.engine, gpus=gpus_of_engine(history, log.engine)),
         since=incident.at,
         facts={"log": log.log},
     )

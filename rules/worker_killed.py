@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import EngineEvent, OomKill, Source
+from doctor.symptoms.engine_groups import gpus_of_engine
 from doctor.symptoms.engine_log import KILLED_EXIT_CODES, EngineLog, Incident, engine_logs
 from doctor.symptoms.xids import of_this_boot
 
@@ -38,7 +39,7 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
         kill = next((k for k in kills if k in ours or k.pid == death.facts.get("worker_pid")), None)
         if kill is not None:
             used.add(kill.where)
-        yield _finding(log, log.incident, death, kill)
+        yield _finding(log, log.incident, death, kill, gpus_of_engine(history, log.engine))
     recovered = any(log.serving and log.incident is None for log in logs)
     for kill in ours:
         if kill.where not in used and not recovered:
@@ -63,7 +64,9 @@ def _killed(incident: Incident | None) -> EngineEvent | None:
     return cause if cause.signal == "process-signal" and cause.facts.get("kind") == "killed" else None
 
 
-def _finding(log: EngineLog, incident: Incident, death: EngineEvent, kill: OomKill | None) -> Finding:
+def _finding(
+    log: EngineLog, incident: Incident, death: EngineEvent, kill: OomKill | None, gpus: tuple[str, ...]
+) -> Finding:
     name = death.facts.get("name") or death.facts.get("process") or "A process of the engine"
     if death.facts.get("kind") == "host-memory":
         return _by_ray(log, incident, death)
@@ -77,7 +80,7 @@ def _finding(log: EngineLog, incident: Incident, death: EngineEvent, kill: OomKi
         summary=f"{name} was ended by SIGKILL: {by}",
         evidence=tuple(evidence),
         confidence=Confidence.HIGH if kill is not None else Confidence.MEDIUM,
-        subject=Subject(engine=log.engine, pids=(kill.pid,) if kill is not None else ()),
+        subject=Subject(engine=log.engine, gpus=gpus, pids=(kill.pid,) if kill is not None else ()),
         since=incident.at,
         facts={"log": log.log},
     )

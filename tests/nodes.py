@@ -551,6 +551,7 @@ def unseen(snapshot: Snapshot, *sources: Source, why: Why = Why.FAILED, detail: 
         Source.MODEL: {},
         Source.FABRIC_MANAGER: {"fabric_manager": FabricManager()},
         Source.HOST: {"host": Host()},
+        Source.RECORDER: {},
     }
     fields: dict[str, Any] = {}
     for source in sources:

@@ -196,7 +196,7 @@ def test_counters_that_stand_still_while_requests_run_are_a_stall() -> None:
     [
         ((0.0, 0.0, 0.0, 0.0), 0.0, "software"),
         ((0.0, 1.0, 1.0, 1.0), 0.0, "collective"),
-        ((1.0, 1.0, 1.0, 1.0), 0.0, "collective"),
+        ((1.0, 1.0, 1.0, 1.0), 0.0, "hardware"),
         ((1.0, 1.0, 1.0, 1.0), 0.5, "unknown"),
     ],
 )

@@ -20,7 +20,7 @@ MEMORY_SHARE = 0.5
 """Of a step, which waits for the memory, whose clock heat leaves alone; the rest goes with the GPU's. guess."""
 FIRST_SECONDS, PREFILL_SECONDS, QUEUE_SECONDS = 0.18, 0.16, 0.01
 """To the first token, at full clock: all of it goes with the clock."""
-PCIE_FACTOR = 2.5
+PCIE_FACTOR = 3.0
 """Of a step, where four ranks or more reduce over PCIe through the host's memory. guess."""
 SINGLE_TOKEN_SECONDS = 0.032
 """guess: a single stream whose all-reduces wait for each other."""

@@ -29,8 +29,17 @@ def rank_groups(history: History) -> tuple[RankGroup, ...]:
     logs = {log.engine: log for log in engine_logs(history)}
     groups = [_of_engine(engine, latest, logs.get(engine.id)) for engine in latest.engines]
     if not latest.engines:
-        groups = [_of_log(log, latest) for log in logs.values()]
+        groups = [_of_the_dead(log, history) or _of_log(log, latest) for log in logs.values()]
     return tuple(group for group in groups if group is not None)
+
+
+def _of_the_dead(log: EngineLog, history: History) -> RankGroup | None:
+    """Return the group of an engine that is gone, as it was when it was last seen to write this log."""
+    for snapshot in reversed(history.snapshots):
+        for engine in snapshot.engines:
+            if engine.log == log.log and (group := _of_engine(engine, snapshot, log)) is not None:
+                return msgspec.structs.replace(group, engine=log.engine)
+    return None
 
 
 def _of_engine(engine: Engine, snapshot: Snapshot, log: EngineLog | None) -> RankGroup | None:
@@ -62,6 +71,11 @@ def _size_in(log: EngineLog) -> int:
 def _if_whole_node(snapshot: Snapshot, size: int) -> tuple[str, ...]:
     """Return every GPU of the node where the engine needs all of them, else none: which it took is not known."""
     return tuple(gpu.uuid for gpu in snapshot.gpus) if len(snapshot.gpus) == size else ()
+
+
+def gpus_of_engine(history: History, engine: str) -> tuple[str, ...]:
+    """Return the GPUs of an engine's ranks; empty where nothing tells which."""
+    return next((group.gpus for group in rank_groups(history) if group.engine == engine), ())
 
 
 def engine_of_gpu(history: History, uuid: str) -> str:
