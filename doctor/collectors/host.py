@@ -1,4 +1,4 @@
-"""The host without NVML: PCI tree, driver module, blocked tasks, memory, IOMMU."""
+"""The host without NVML: PCI tree, driver module, blocked tasks, memory, IOMMU, processors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from doctor.collectors import files
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
+from doctor.collectors.cpu_share import cpu_share, pressure_ratio
 from doctor.collectors.processes import booted_at
 from doctor.snapshot import Absent, BlockedTask, DriverGpu, Host, Maybe, Node, PciDevice, Source, Why
 
@@ -280,9 +281,11 @@ class HostState:
             memory_total_bytes=files.maybe(meminfo, lambda text: _memory_bytes(text, "MemTotal")),
             memory_available_bytes=files.maybe(meminfo, lambda text: _memory_bytes(text, "MemAvailable")),
             memory_pressure_ratio=files.maybe(root / "proc/pressure/memory", _full_pressure_ratio),
+            cpu_pressure_ratio=files.maybe(root / "proc/pressure/cpu", pressure_ratio),
             virtual_machine=files.maybe(root / "proc/cpuinfo", _is_virtual),
         )
-        return Reading(fields={"host": host, "node": Node(booted_at=_boot(root))})
+        shares = {engine.id: {"cpu_share": cpu_share(root, engine.pid)} for engine in visit.engines}
+        return Reading(fields={"host": host, "node": Node(booted_at=_boot(root))}, engine_fields=shares)
 
     def close(self) -> None:
         """Nothing is held between visits."""

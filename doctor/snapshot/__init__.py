@@ -9,6 +9,7 @@ import msgspec
 
 from doctor.snapshot.absence import NOT_ASKED, NOT_GIVEN, Absent, Maybe, Why, known, or_none
 from doctor.snapshot.engine import (
+    CpuShare,
     Engine,
     EngineEvent,
     EngineFlags,
@@ -104,6 +105,7 @@ __all__ = [
     "BlockedTask",
     "Clocks",
     "CollectorRun",
+    "CpuShare",
     "DriverGpu",
     "Ecc",
     "Engine",

@@ -59,6 +59,23 @@ class SharedMemory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     used_bytes: Maybe[int] = NOT_ASKED
 
 
+class CpuShare(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an engine's control groups let it have of the processors; counters of the one with the smallest quota."""
+
+    cgroup: Maybe[str] = NOT_ASKED
+    """The one with the smallest quota, as `/proc/PID/cgroup` names it; `not-present`: none has a quota."""
+    quota_cores: Maybe[float] = NOT_ASKED
+    """CPU seconds a second that it may use."""
+    periods_total: Maybe[int] = NOT_ASKED
+    """Enforcement periods in which it had something to run."""
+    throttled_periods_total: Maybe[int] = NOT_ASKED
+    """Those in which its quota ran out and it was stopped."""
+    throttled_seconds_total: Maybe[float] = NOT_ASKED
+    """Summed over its processors, so that it may grow by more than a second a second."""
+    pressure_ratio: Maybe[float] = NOT_ASKED
+    """PSI `some avg60` of the engine's own control group, 0 to 1: time in which a task of it waited for a processor."""
+
+
 class EngineStack(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The versions in the engine's own environment, read from its files."""
 
@@ -151,6 +168,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     oom_kills_total: Maybe[int] = NOT_ASKED
     """`memory.events` of its cgroup."""
     shared_memory: SharedMemory = SharedMemory()
+    cpu_share: CpuShare = CpuShare()
     stack: EngineStack = EngineStack()
     model: ModelConfig = ModelConfig()
     log: Maybe[str] = NOT_ASKED

@@ -63,6 +63,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_available_bytes: Maybe[int] = NOT_ASKED
     memory_pressure_ratio: Maybe[float] = NOT_ASKED
     """PSI `full avg60`, 0 to 1."""
+    cpu_pressure_ratio: Maybe[float] = NOT_ASKED
+    """PSI `some avg60`, 0 to 1: time in which some task of the node waited for a processor."""
     virtual_machine: Maybe[bool] = NOT_ASKED
 
 
