@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from doctor.machine import fabric as links
 from doctor.machine.card import CARDS, CUDA_MEMORY_RATIO, Card, card_of
 from doctor.machine.fabric import Fabric, Link, all_reduce_seconds, fabric_between, mesh_of, pcie_of, switch_of
-from doctor.machine.fit import narrower_sizes, room, why_tp_impossible
+from doctor.machine.fit import narrower_sizes, obstacles_in, room, why_tp_impossible
 from doctor.machine.serving import Serving, serving_of
 from doctor.machine.step import STEP_SECONDS, decode_step, loaded_token_seconds, prefill_step
 from doctor.machine.weights import (
     Draft,
     Model,
+    draft_of,
     kv_bytes_per_token,
     kv_element_bytes,
     model_of,
@@ -159,6 +160,31 @@ def test_the_speculative_layer_of_deepseek_is_counted_apart() -> None:
     # one layer of FP8 experts: 11.3 G / 8 and its copied rest
     extra = weight_bytes_per_gpu(model, 8, Draft.MTP) - weight_bytes_per_gpu(model, 8)
     assert extra == pytest.approx(1.6e9, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "published"), [(LLAMA_70B, 0.99e9), (LLAMA_8B, 0.25e9), (QWEN_72B, 1.05e9)], ids=["70b", "8b", "qwen"]
+)
+def test_an_eagle_head_is_a_layer_and_a_joint(config: ModelConfig, published: float) -> None:
+    """EAGLE's README gives 0.99, 0.25 and 1.05 G. Llama 70B: 2 × 8192² + 2 × 8192 × 1024 + 3 × 8192 × 28672 = 855.6 M for the
+    layer, 2 × 8192² = 134.2 M to join; 989.9 M. In BF16 beside a quantized model too.
+    """
+    assert sum(part.parameters for part in of(config).eagle_parts) == pytest.approx(published, rel=0.04)
+    quantized = of(config, "fp8")
+    extra = weight_bytes_per_gpu(quantized, 1, Draft.EAGLE) - weight_bytes_per_gpu(quantized, 1)
+    assert extra == pytest.approx(2 * published, rel=0.04)
+
+
+def test_a_draft_layer_has_a_cache_of_its_own() -> None:
+    """DeepSeek-V3 with MTP in FP8: 62 × 576 bytes; Llama 70B with EAGLE at TP 4: 2 × 81 × 2 × 128 × 2 bytes."""
+    assert kv_bytes_per_token(of(DEEPSEEK_V3), 8, 1.0, Draft.MTP) == 62 * 576 == 35_712
+    assert kv_bytes_per_token(of(LLAMA_70B), 4, 2, Draft.EAGLE) == 2 * 81 * 2 * 128 * 2 == 82_944
+
+
+def test_a_draft_is_known_by_its_name() -> None:
+    names = {"deepseek_mtp": Draft.MTP, "eagle3": Draft.EAGLE, "yuhuili/EAGLE-x": Draft.EAGLE, "ngram": Draft.NONE}
+    assert {name: draft_of(name) for name in names} == names
+    assert draft_of(None) is Draft.NONE
 
 
 def test_tied_embeddings_are_held_and_read_once() -> None:
@@ -447,6 +473,88 @@ def test_the_documents_communication_shares_are_those_of_nccl(config: ModelConfi
     assert own.communication_ratio < 0.55 * document
 
 
+@pytest.mark.parametrize(
+    ("model", "card", "tp", "milliseconds"),
+    [
+        # Qwen 2.5 72B: 72.706 − 1.246 (embedding) = 71.46 G × 2 bytes / n, at 0.83 of 3350 or 4800 GB/s; 80 layers
+        (of(QWEN_72B), H100, 2, 71.46 / 2.7805 + 160 * 0.00455 + 5),
+        (of(QWEN_72B), H100, 4, 35.73 / 2.7805 + 160 * 0.00607 + 5),
+        (of(QWEN_72B), H100, 8, 17.87 / 2.7805 + 160 * 0.00758 + 5),
+        (of(QWEN_72B), H200, 2, 71.46 / 3.984 + 160 * 0.00455 + 5),
+        (of(QWEN_72B), H200, 4, 35.73 / 3.984 + 160 * 0.00607 + 5),
+        (of(QWEN_72B), H200, 8, 17.87 / 3.984 + 160 * 0.00758 + 5),
+        # Mixtral 8x22B: 39.0 G active × 2 bytes / n; 56 layers of 100 µs
+        (of(MIXTRAL_8X22B), H100, 4, 19.48 / 2.7805 + 112 * 0.00605 + 6.6),
+        (of(MIXTRAL_8X22B), H100, 8, 9.75 / 2.7805 + 112 * 0.00756 + 6.6),
+        # Qwen3-235B-A22B in block FP8: 21.57 G active, 0.62 G of them the head in two bytes; the router whole
+        (block_fp8(QWEN3_235B), H100, 4, 5.637 / 2.7805 + 188 * 0.00603 + 10.4),
+        (block_fp8(QWEN3_235B), H200, 4, 5.637 / 3.984 + 188 * 0.00603 + 10.4),
+        # Llama 3.1 405B in FP8: (401.65 G + 2 × 2.10 G) / 8; 126 layers of 50 µs
+        (of(LLAMA_405B, "fp8"), H100, 8, 50.74 / 2.7805 + 252 * 0.00766 + 7.3),
+        (of(LLAMA_405B, "fp8"), H200, 8, 50.74 / 3.984 + 252 * 0.00766 + 7.3),
+        # DeepSeek-V3 and R1: 36.6 G active / 8, and the copied projections to the latent: 61 × 15.1 M
+        (of(DEEPSEEK_V3), H100, 8, 5.705 / 2.7805 + 122 * 0.00757 + 7.1),
+        (of(DEEPSEEK_V3), H200, 8, 5.705 / 3.984 + 122 * 0.00757 + 7.1),
+    ],
+)
+def test_inter_token_latency_of_the_others_by_hand(model: Model, card: Card, tp: int, milliseconds: float) -> None:
+    """Memory + two all-reduces a layer + overhead a layer and 1 ms a step."""
+    assert decode_step(model, card, switch_of(card), tp).seconds * 1e3 == pytest.approx(milliseconds, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "milliseconds"),
+    [
+        # 2 × 69.5 G × 2048 + 80 × 64 × 256 × 2048² = 290.2 T at 593.6 TFLOPS, over n; all-reduces of 32 MiB; 5 ms
+        (of(LLAMA_70B), 1, 488.8 + 5),
+        (of(LLAMA_70B), 2, 244.4 + 160 * (0.0045 + 1.0 * 33.55 / 369) + 5),
+        (of(LLAMA_70B), 4, 122.2 + 160 * (0.006 + 1.5 * 33.55 / 369) + 5),
+        (of(LLAMA_70B), 8, 61.1 + 160 * (0.0075 + 1.75 * 33.55 / 369) + 5),
+        # 2 × 71.46 G × 2048 + 5.5 T = 298.2 T
+        (of(QWEN_72B), 4, 125.6 + 160 * (0.006 + 1.5 * 33.55 / 369) + 5),
+        (of(QWEN_72B), 8, 62.8 + 160 * (0.0075 + 1.75 * 33.55 / 369) + 5),
+        # 2 × 403.7 G × 2048 + 126 × 128 × 256 × 2048² = 1671 T at 1187 TFLOPS in FP8; 64 MiB
+        (of(LLAMA_405B, "fp8"), 8, 175.9 + 252 * (0.0075 + 1.75 * 67.11 / 369) + 7.3),
+    ],
+)
+def test_a_prompt_of_2048_tokens_by_hand(model: Model, tp: int, milliseconds: float) -> None:
+    """Compute is the same on H100 and H200, and so is NVLink: a prompt takes as long on both."""
+    for card in (H100, H200):
+        assert prefill_step(model, card, switch_of(card), tp, 2048).seconds * 1e3 == pytest.approx(
+            milliseconds, rel=0.005
+        )
+
+
+def test_a_prompt_of_a_large_mixture_reads_more_than_it_computes() -> None:
+    """DeepSeek-V3 on 8 × H100: 2048 tokens choose every expert, 84.9 GB at 2.78 TB/s = 30.5 ms; 16.9 ms of arithmetic."""
+    step = prefill_step(of(DEEPSEEK_V3), H100, switch_of(H100), 8, 2048)
+    assert step.memory_seconds == pytest.approx(0.0305, rel=0.01)
+    assert step.compute_seconds == pytest.approx(0.0169, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fabric", "ranks", "microseconds"),
+    [
+        # 512 KiB = 524,288 bytes, 2 (n − 1)/n times over the wire
+        (switch_of(H100), 4, 6.0 + 1.5 * 524_288 / 369e3),  # 450 × 0.82 GB/s
+        (mesh_of(H100, 6, 4), 4, 6.0 + 1.5 * 524_288 / 369e3),  # 3 × 6 links: the same
+        (mesh_of(H100, 6, 2), 2, 4.5 + 1.0 * 524_288 / 123e3),  # six links of 25 GB/s only
+        (mesh_of(CARDS["10de:2321"], 12, 2), 2, 4.5 + 1.0 * 524_288 / 246e3),  # a bridged pair of H100 NVL
+        (pcie_of(CARDS["10de:2321"], 4), 4, 20.0 + 1.5 * 524_288 / 31.5e3),  # two such pairs: PCIe between them
+        (pcie_of(L40S, 2), 2, 12.0 + 1.0 * 524_288 / 15.75e3),
+    ],
+    ids=["switch", "mesh", "two of a mesh", "bridged pair", "two pairs", "PCIe 4"],
+)
+def test_an_all_reduce_on_each_fabric_by_hand(fabric: Fabric, ranks: int, microseconds: float) -> None:
+    assert all_reduce_seconds(fabric, ranks, 512 * 1024) * 1e6 == pytest.approx(microseconds, rel=0.001)
+
+
+def test_there_are_two_all_reduces_a_layer() -> None:
+    """A step of 32 tokens, 8192 wide in BF16: 160 of 512 KiB, 84 MB: what document 3 calls 80 MB "per token"."""
+    step = decode_step(of(LLAMA_70B), H100, switch_of(H100), 4, batch=32)
+    assert step.all_reduce_seconds == pytest.approx(160 * all_reduce_seconds(switch_of(H100), 4, 512 * 1024))
+
+
 def test_a_prompt_spends_a_quarter_in_all_reduces_at_tp_8() -> None:
     """Document 3: "Prefill TP=8 spends ~25% of step time in NCCL all-reduces" (2048 tokens, 32 MB each)."""
     step = prefill_step(of(LLAMA_70B), H100, switch_of(H100), 8, 2048)
@@ -688,6 +796,7 @@ BEGINS, ENDS = "GOLDEN=write makes it anew -->\n", "<!-- end -->"
 SHOWN = (
     ("Llama 3.3 70B, BF16", of(LLAMA_70B), (1, 2, 4, 8)),
     ("Llama 3.3 70B, FP8", of(LLAMA_70B, "fp8"), (1, 2, 4, 8)),
+    ("Llama 3.3 70B, INT4", int4(LLAMA_70B), (1, 2)),
     ("Qwen 2.5 72B, BF16", of(QWEN_72B), (1, 2, 4, 8)),
     ("Mixtral 8x22B, BF16", of(MIXTRAL_8X22B), (4, 8)),
     ("Qwen3-235B-A22B, FP8", block_fp8(QWEN3_235B), (4,)),
@@ -820,6 +929,64 @@ def test_more_gpus_hold_less_each_and_more_work_takes_longer(
     assert 0 <= step.communication_ratio < 1
     assert (step.all_reduce_seconds == 0) == (tp == 1)
     assert prefill_step(model, card, fabric, tp, 100).seconds <= prefill_step(model, card, fabric, tp, 200).seconds
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs, cards, sizes, st.sampled_from([1.0, 2.0]), st.sampled_from(Draft))
+def test_memory_only_ever_helps(config: ModelConfig, card: Card, tp: int, element_bytes: float, draft: Draft) -> None:
+    model = of(config)
+
+    def tokens(on: Card = card, ranks: int = tp, width: float = element_bytes, drafts: Draft = draft) -> int:
+        return room(model, on, ranks, kv_element_bytes=width, draft=drafts).kv_tokens
+
+    larger = msgspec.structs.replace(card, memory_bytes=2 * card.memory_bytes)
+    assert weight_bytes_per_gpu(model, 2 * tp, draft) <= weight_bytes_per_gpu(model, tp, draft)
+    assert tokens() <= tokens(on=larger)
+    assert tokens() <= tokens(ranks=2 * tp)
+    assert tokens(width=2.0) <= tokens(width=1.0)
+    assert tokens() <= tokens(drafts=Draft.NONE)
+    left = room(model, card, tp, kv_element_bytes=element_bytes, draft=draft)
+    assert left.kv_bytes_at_most <= left.kv_bytes_beside_weights
+    assert not left.holds(4096) or left.may_hold(4096)
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs, st.integers(1, 16), st.integers(2, 4))
+def test_an_obstacle_does_not_go_away_by_splitting_further(config: ModelConfig, tp: int, more: int) -> None:
+    """What n does not divide, no multiple of n does. KV heads are the exception: beyond one a GPU they are copied."""
+    lasting = {"heads", "width", "fp8-block", "group"}
+    found = [o for o in why_tp_impossible(of(config), tp) if o.kind in lasting]
+    further = {o.what for o in why_tp_impossible(of(config), more * tp)}
+    assert {o.what for o in found} <= further
+    assert all(str(o.size) in o.sentence(tp) and o.field for o in found)
+    assert why_tp_impossible(of(config), 1) == ()
+
+
+names = st.sampled_from(
+    [
+        *("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("intermediate_size", "vocab_size", "num_experts", "num_experts_per_tok", "sliding_window", "kv_lora_rank"),
+        *("quantization_config", "quant_method", "weight_block_size", "group_size", "bits", "text_config"),
+    ]
+)
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["llama", "mixtral", "fp8", "awq", ""]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(names, values, max_size=10), st.integers(1, 16))
+def test_any_json_gives_obstacles_or_a_reason(text: dict[str, object], tp: int) -> None:
+    read = model_config.read(json.dumps(text))
+    assert read is not None
+    found = obstacles_in(read, tp)
+    assert found.detail if isinstance(found, Absent) else all(o.sentence(tp) for o in found)
 
 
 @settings(max_examples=100, deadline=None)

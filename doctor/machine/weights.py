@@ -301,7 +301,8 @@ class _Counted:
 
     def _parts(self, layers: range, *, joined: bool = False) -> tuple[Part, ...]:
         """Return the parts of these layers; *joined*: each also joins the token before it (2 × hidden → hidden)."""
-        dense = range(layers.start, max(layers.start, min(self.dense_layers, layers.stop)))
+        last = min(self.dense_layers, layers.stop) if self.experts else layers.stop
+        dense = range(layers.start, max(layers.start, last))
         routed = range(dense.stop, layers.stop)
         expert = 3 * self.hidden * self.expert_size
         parts = [
