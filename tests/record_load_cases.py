@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 import nodes
+import test_engine_cpu_starved as starved
 import test_rules_capacity as capacity
 import test_rules_choices as choices
 import test_rules_traffic as traffic
@@ -169,6 +170,10 @@ CASES: dict[str, dict[str, Callable[[], Visits]]] = {
         "fires-full-core": lambda: thin(choices.hot(1.0, 0.4), 2),
         "quiet-busy-gpus": lambda: thin(choices.hot(1.0, 0.95), 2),
         "quiet-no-requests": lambda: thin(choices.hot(1.0, 0.1, running=0.0), 2),
+        "fires-throttled": lambda: thin(starved.stopped(0.6), 2),
+        "fires-crowded": lambda: thin(starved.crowded(0.7), 2),
+        "quiet-seldom-throttled": lambda: thin(starved.stopped(0.1), 2),
+        "quiet-throttled-at-rest": lambda: thin(starved.stopped(0.6, gpu_ratio=0.1, running=0.0), 2),
     },
 }
 """Case → its visits."""
