@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from doctor import drop_ins, log_patterns
+from doctor.readers.patterns import LogPattern
 from doctor.rule import AnyRule, Severity
 from doctor.silence import Moment, Silence
 from doctor.snapshot import Source
@@ -39,6 +41,10 @@ class Sections(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[rules.<id>]`: `enabled`, `severity`, and the names of the rule's limits."""
     silence: tuple[Silence, ...] = ()
     """`[[silence]]`: findings that the site knows of."""
+    rules_folder: str = drop_ins.FOLDER
+    """Where the site's own rules lie; empty: nowhere."""
+    log_patterns: tuple[LogPattern, ...] = ()
+    """`[[log_patterns]]`: failure modes that a line of a log tells."""
 
 
 class Site(Sections, frozen=True, forbid_unknown_fields=True):
@@ -90,6 +96,24 @@ def _written_moment(text: str) -> object:
         return text
 
 
+def rules_of(shipped: Sequence[AnyRule], site: Site) -> tuple[AnyRule, ...]:
+    """Return the rules that come with the program and the site's own, as the site wants them. Raises ConfigError."""
+    taken = {rule.id for rule in shipped}
+    for number, pattern in enumerate(site.log_patterns, 1):
+        if pattern.id in taken:
+            raise _refusal(site, f"[[log_patterns]] {number}: there is a rule {pattern.id} already")
+        taken.add(pattern.id)
+    named = {*site.rules, *(silence.rule for silence in site.silence)} - taken
+    own = (*map(log_patterns.rule_of, site.log_patterns), *drop_ins.rules_of(site.rules_folder, taken, named))
+    rules = lay_over((*shipped, *own), site)
+    known = {rule.id for rule in rules}
+    for number, pattern in enumerate(site.log_patterns, 1):
+        for name in pattern.explains:
+            if name not in known:
+                raise _refusal(site, f"[[log_patterns]] {number}, explains {name}: there is no such rule")
+    return rules
+
+
 def lay_over(rules: Sequence[AnyRule], site: Site) -> tuple[AnyRule, ...]:
     """Return the rules as the site wants them. Raises ConfigError for an unknown rule or limit."""
     known = {rule.id for rule in rules}
@@ -128,6 +152,8 @@ def _refusal(site: Site, sentence: str) -> ConfigError:
 
 def _limits(rule: AnyRule, wanted: dict[str, Any], site: Site) -> Any:
     limits: msgspec.Struct = rule.limits
+    if drop_ins.is_refused(rule):
+        return limits
     names = limits.__struct_fields__
     for name in wanted:
         if name not in names:

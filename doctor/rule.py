@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-import importlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib import resources
@@ -142,6 +140,8 @@ class Rule(Generic[L]):
         self.enabled = True
         """False: the site does not want it asked."""
         self.module = judgement.__module__
+        self.page: str | None = None
+        """The runbook's text; None: it lies beside the module."""
 
     def __repr__(self) -> str:
         return f"<Rule {self.id}>"
@@ -185,18 +185,15 @@ class Rule(Generic[L]):
 
     @cached_property
     def runbook(self) -> runbook.Runbook:
-        """The runbook: the Markdown file beside the rule's module, with its stem."""
+        """The runbook: that of a site's own rule, else the Markdown file beside the rule's module, with its stem."""
+        if self.page is not None:
+            return runbook.read(self.page)
         package, _, stem = self.module.rpartition(".")
-        if package:
-            text = resources.files(package).joinpath(f"{stem}.md").read_text(encoding="utf-8")
-        else:  # a site's own rule, loaded from a file
-            path = inspect.getsourcefile(importlib.import_module(self.module))
-            text = resources.files(path or self.module).read_text(encoding="utf-8")
-        return runbook.read(text)
+        return runbook.read(resources.files(package).joinpath(f"{stem}.md").read_text(encoding="utf-8"))
 
     def but(self, **changes: Any) -> Rule[L]:
         """Return this rule with other `limits`, another `severity`, or not `enabled`: a site's own choice."""
-        made = Rule(
+        made = type(self)(
             self.judgement,
             id=self.id,
             title=self.title,
@@ -207,6 +204,7 @@ class Rule(Generic[L]):
         )
         made.enabled = changes.get("enabled", self.enabled)
         made.module = self.module
+        made.page = self.page
         return made
 
 

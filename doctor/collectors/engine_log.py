@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import zoneinfo
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from doctor.collectors.following import FollowedFile
 from doctor.collectors.processes import environment_of
 from doctor.collectors.programs import answer_of
 from doctor.collectors.redaction import text_without_secrets
+from doctor.readers.patterns import LogPattern
 from doctor.readers.vllm_log import LogReader, LogReading
 from doctor.snapshot import Absent, Engine, EngineEvent, LogState, Source, Unseen, Why, known
 
@@ -57,16 +58,25 @@ class _Log(Protocol):
 class _FileLog:
     """A log in a file."""
 
-    def __init__(self, name: str, shown: str, path: Path, utc_offset_seconds: float) -> None:
+    def __init__(
+        self, name: str, shown: str, path: Path, utc_offset_seconds: float, patterns: Sequence[LogPattern]
+    ) -> None:
         self.name = name
         self.file = FollowedFile(path, marker=IDENTITY_MARKER)
         self._shown = Path(shown).name
         self._utc_offset_seconds = utc_offset_seconds
+        self._patterns = patterns
         self._reader = self._begun(1)
 
     def _begun(self, line: int) -> LogReader:
         shown = self._shown if line else f"end of {self._shown}"
-        return LogReader(self.name, name=shown, first_line=max(line, 1), utc_offset_seconds=self._utc_offset_seconds)
+        return LogReader(
+            self.name,
+            name=shown,
+            first_line=max(line, 1),
+            utc_offset_seconds=self._utc_offset_seconds,
+            patterns=self._patterns,
+        )
 
     def read(self, at: float) -> LogReading:
         before: list[LogReading] = []
@@ -104,9 +114,9 @@ def _state_of(path: Path) -> os.stat_result | None:
 class _JournalLog:
     """A systemd unit's lines in the journal."""
 
-    def __init__(self, unit: str, directory: Path | None) -> None:
+    def __init__(self, unit: str, directory: Path | None, patterns: Sequence[LogPattern]) -> None:
         self.name = f"journal:{unit}"
-        self._reader = LogReader(self.name)  # journalctl is asked for UTC
+        self._reader = LogReader(self.name, patterns=patterns)  # journalctl is asked for UTC
         self._arguments = ["journalctl", "--quiet", "--no-pager", "--utc", "--output=short", "--show-cursor"]
         self._arguments += [f"--unit={unit}"] + ([f"--directory={directory}"] if directory else [])
         self._cursor: str | None = None
@@ -146,16 +156,20 @@ def _one(readings: list[LogReading]) -> LogReading:
 class EngineLogs:
     """The logs of the engines that run or ran here.
 
-    *logs*: paths, or `journal:UNIT`, that the site names; they are read whether an engine runs or not.
+    *logs*: paths, or `journal:UNIT`, that the site names; they are read whether an engine runs or not. *patterns*: of
+    lines that the site wants kept.
     """
 
     source = Source.ENGINE_LOG
     deadline_seconds = 6.0
     after_engines = True
 
-    def __init__(self, root: Path = Path("/"), *, logs: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, root: Path = Path("/"), *, logs: tuple[str, ...] = (), patterns: Sequence[LogPattern] = ()
+    ) -> None:
         self.root = root
         self.logs = logs
+        self.patterns = patterns
         self._followed: list[_Log] = []
 
     def collect(self, visit: Visit) -> Reading:
@@ -208,11 +222,13 @@ class EngineLogs:
             elif name.startswith("journal:"):
                 yield self._journal(name.removeprefix("journal:"))
             else:
-                yield _FileLog(name, name, files.within(self.root, name), utc_offset_seconds(self.root, None, at))
+                yield _FileLog(
+                    name, name, files.within(self.root, name), utc_offset_seconds(self.root, None, at), self.patterns
+                )
 
     def _journal(self, unit: str) -> _JournalLog:
         directory = None if self.root == Path("/") else self.root / "var/log/journal"
-        return _JournalLog(unit, directory)
+        return _JournalLog(unit, directory, self.patterns)
 
     def _found(self, engine: Engine, wanted: list[_Log], at: float) -> list[_Log] | Absent:
         """Return the engine's logs: its output files, else its container's, else its unit's, else the site's."""
@@ -244,7 +260,7 @@ class EngineLogs:
         for log in (*wanted, *self._followed):
             if isinstance(log, _FileLog) and log.is_of(source.path):
                 return log
-        return _FileLog(name, source.name, source.path, offset)
+        return _FileLog(name, source.name, source.path, offset, self.patterns)
 
     def close(self) -> None:
         """Let go of every log."""

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from doctor.collectors.following import FollowedFile
 from doctor.collectors.processes import booted_at
 from doctor.collectors.programs import answer_of
 from doctor.readers.kernel_log import KernelLogReader, with_boots_marked
+from doctor.readers.patterns import LogPattern
 from doctor.snapshot import Absent, KernelEvent, Source, Why
 
 KMSG = "dev/kmsg"
@@ -154,17 +155,26 @@ class KernelLog:
     """The kernel log of a root.
 
     *every_facility*: take what other programs wrote into /dev/kmsg for the kernel's, for tests of a whole node.
-    *open_file* opens the log: a drill refuses there what a real kernel would refuse.
+    *open_file* opens the log: a drill refuses there what a real kernel would refuse. *patterns*: of lines that the site
+    wants kept.
     """
 
     source = Source.KERNEL_LOG
     deadline_seconds = 5.0
     after_engines = False
 
-    def __init__(self, root: Path = Path("/"), *, every_facility: bool = False, open_file: Open = os.open) -> None:
+    def __init__(
+        self,
+        root: Path = Path("/"),
+        *,
+        every_facility: bool = False,
+        open_file: Open = os.open,
+        patterns: Sequence[LogPattern] = (),
+    ) -> None:
         self.root = root
         self.every_facility = every_facility
         self.open_file = open_file
+        self.patterns = patterns
         self._way: _Way | None = None
         self._reader: KernelLogReader | None = None
 
@@ -198,7 +208,8 @@ class KernelLog:
             if not isinstance(opened, Absent):
                 kmsg = name == KMSG
                 shown = f"/{KMSG}" if kmsg else Path(name).name
-                return opened[0], KernelLogReader(shown, booted_at=boot, now=now, sequence_numbers=kmsg), opened[1]
+                reader = KernelLogReader(shown, booted_at=boot, now=now, sequence_numbers=kmsg, patterns=self.patterns)
+                return opened[0], reader, opened[1]
             refusals.append(opened)
         refused = next((why for why in refusals if why.why is Why.NO_PERMISSION), None)
         raise CannotSeeError(refused or refusals[0])

@@ -34,6 +34,7 @@ from doctor.readers import (
     topo_matrix,
     vllm_metrics,
 )
+from doctor.readers.patterns import LogPattern
 from doctor.readers.vllm_log import LogReader
 from doctor.readers.wrapping import unwrapped
 from doctor.snapshot import (
@@ -103,11 +104,11 @@ class EvidenceError(Exception):
     """A file can't be used; the message names it and says why."""
 
 
-def read(paths: Sequence[Path], *, now: float) -> Iterator[Snapshot]:
+def read(paths: Sequence[Path], *, now: float, patterns: Sequence[LogPattern] = ()) -> Iterator[Snapshot]:
     """Yield what the files show: one visit, or one for each `nvidia-smi -q` of another time, oldest first.
 
     A visit's time is the newest stamp in the evidence, else *now*, Unix seconds. Stamps without a zone are taken for UTC.
-    A single recording is replayed. Raises EvidenceError.
+    *patterns* are of lines that the site wants kept. A single recording is replayed. Raises EvidenceError.
     """
     if len(paths) == 1 and _is_recording(paths[0]):
         try:
@@ -115,7 +116,7 @@ def read(paths: Sequence[Path], *, now: float) -> Iterator[Snapshot]:
         except recording.RecordingError as e:
             raise EvidenceError(str(e)) from e
         return
-    gathered = _Gathered(now)
+    gathered = _Gathered(now, patterns)
     names = [path.name for path in paths]
     for path in paths:
         name = path.name if names.count(path.name) == 1 else str(path)
@@ -357,8 +358,9 @@ _FABRIC_LINE = re.compile(
 class _Gathered:
     """What the files hold so far."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, patterns: Sequence[LogPattern] = ()) -> None:
         self.now = now
+        self.patterns = patterns
         self.kinds: set[str] = set()
         self.reports: list[nvidia_smi_q.SmiReport] = []
         self.listed: list[tuple[Gpu, ...]] = []
@@ -420,8 +422,8 @@ class _Gathered:
             not is_kernel and _ENGINE_TRACE.search(data) is not None
         )
         only_engine = is_engine and not is_kernel
-        kernel = kernel_log.KernelLogReader(name, now=self.now)
-        engine = LogReader(name)
+        kernel = kernel_log.KernelLogReader(name, now=self.now, patterns=() if only_engine else self.patterns)
+        engine = LogReader(name, patterns=self.patterns)
         events: list[KernelEvent] = []
         begins = goes_on = True
         while goes_on:

@@ -23,6 +23,7 @@ from doctor.collectors.nvml import NvmlCollector
 from doctor.collectors.placement import identified, placed
 from doctor.collectors.processes import Processes
 from doctor.collectors.stack import Versions
+from doctor.readers.patterns import LogPattern
 from doctor.snapshot import Absent, CollectorRun, Engine, Node, Snapshot, Source, Unseen, Why
 
 NEWS = frozenset(("kernel", "engine_events"))
@@ -30,20 +31,29 @@ NEWS = frozenset(("kernel", "engine_events"))
 
 
 def collectors(
-    root: Path = Path("/"), *, logs: tuple[str, ...] = (), metrics: tuple[str, ...] = ()
+    root: Path = Path("/"),
+    *,
+    logs: tuple[str, ...] = (),
+    metrics: tuple[str, ...] = (),
+    patterns: Sequence[LogPattern] = (),
 ) -> tuple[Collector, ...]:
-    """Return the collectors of a node, one a source. *logs* and *metrics* are what the site names itself."""
-    return (NvmlCollector(root=root), *without_nvml(root, logs=logs, metrics=metrics))
+    """Return the collectors of a node, one a source. *logs*, *metrics* and *patterns* are what the site names itself."""
+    return (NvmlCollector(root=root), *without_nvml(root, logs=logs, metrics=metrics, patterns=patterns))
 
 
 def without_nvml(
-    root: Path, *, logs: tuple[str, ...] = (), metrics: tuple[str, ...] = (), kernel_log: KernelLog | None = None
+    root: Path,
+    *,
+    logs: tuple[str, ...] = (),
+    metrics: tuple[str, ...] = (),
+    kernel_log: KernelLog | None = None,
+    patterns: Sequence[LogPattern] = (),
 ) -> tuple[Collector, ...]:
     """Return the collectors that read files, programs and pages."""
     return (
-        kernel_log or KernelLog(root),
+        kernel_log or KernelLog(root, patterns=patterns),
         Processes(root),
-        EngineLogs(root, logs=logs),
+        EngineLogs(root, logs=logs, patterns=patterns),
         MetricsPages(root, urls=metrics),
         Versions(root),
         ServedModels(root),

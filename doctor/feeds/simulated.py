@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from doctor.collectors.kernel_log import KMSG, KernelLog
 from doctor.collectors.nvml import NvmlCollector
 from doctor.feeds import live
+from doctor.readers.patterns import LogPattern
 from doctor.simulation import faults as registry
 from doctor.simulation import serving
 from doctor.simulation.engine import MetricsServer, SimulatedEngine
@@ -37,13 +38,14 @@ def node(
     every: float = 1.0,
     times: int | None = None,
     patience_seconds: float = 5.0,
+    patterns: Sequence[LogPattern] = (),
 ) -> Iterator[Snapshot]:
     """Yield the visits of a simulated node, one each *every* seconds; nothing of it is left when they end.
 
     Raises FaultError for a profile or a fault that is none.
     """
     drill = drill_of(profile, faults)
-    return _visits(drill, every, times, patience_seconds)
+    return _visits(drill, every, times, patience_seconds, patterns)
 
 
 def drill_of(profile: str, faults: Iterable[str] = ()) -> Drill:
@@ -108,10 +110,12 @@ def _parts(fault: Fault, there: Profile, engine: Workload) -> Iterator[Fault]:
     yield fault
 
 
-def _visits(drill: Drill, every: float, times: int | None, patience_seconds: float) -> Iterator[Snapshot]:
+def _visits(
+    drill: Drill, every: float, times: int | None, patience_seconds: float, patterns: Sequence[LogPattern]
+) -> Iterator[Snapshot]:
     with contextlib.ExitStack() as leaving:
         folder = Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="gpu-doctor-simulated-")))
-        world = World(drill, folder)
+        world = World(drill, folder, patterns=patterns)
         leaving.callback(world.close)
         life = _Life(world)
         leaving.callback(life.close)
@@ -131,7 +135,14 @@ class World:
     *clock* tells Unix time; the drill's second 0 is its `started_at`.
     """
 
-    def __init__(self, drill: Drill, folder: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        drill: Drill,
+        folder: Path,
+        clock: Callable[[], float] = time.time,
+        *,
+        patterns: Sequence[LogPattern] = (),
+    ) -> None:
         self._drill = drill
         self._folder = folder
         self._clock = clock
@@ -147,8 +158,9 @@ class World:
         root.write()
         # The engine may be gone by the first visit: then only its name leads to its log, as at a real site.
         logs = () if root.absent or root.has("engine-log-missing") else (serving.LOG,)
-        kernel_log = KernelLog(folder, open_file=_refused if root.has("kernel-log-denied") else os.open)
-        self.collectors = live.without_nvml(folder, logs=logs, kernel_log=kernel_log)
+        opens = _refused if root.has("kernel-log-denied") else os.open
+        kernel_log = KernelLog(folder, open_file=opens, patterns=patterns)
+        self.collectors = live.without_nvml(folder, logs=logs, kernel_log=kernel_log, patterns=patterns)
         self.described = Node(name=f"simulated-{drill.profile}", simulated=True)
 
     @property

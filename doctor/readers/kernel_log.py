@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
+from doctor.readers.patterns import LogPattern
 from doctor.snapshot import HostMessage, KernelEvent, NvidiaMessage, OomKill, Sxid, Xid
 
 LINE_MAX_BYTES = 16 << 10
@@ -172,16 +173,24 @@ class KernelLogReader:
 
     *name* is how events refer to the log. *booted_at*: what uptime stamps count from, where it is known.
     *now*: Unix time at which the log was read, which gives syslog stamps their year; their zone is taken for UTC.
-    *sequence_numbers*: name places by the record's number rather than by line, for `/dev/kmsg`.
+    *sequence_numbers*: name places by the record's number rather than by line, for `/dev/kmsg`. *patterns*: the site's own.
     """
 
     def __init__(
-        self, name: str, *, booted_at: float | None = None, now: float | None = None, sequence_numbers: bool = False
+        self,
+        name: str,
+        *,
+        booted_at: float | None = None,
+        now: float | None = None,
+        sequence_numbers: bool = False,
+        patterns: Sequence[LogPattern] = (),
     ) -> None:
         self.name = name
         self.booted_at = booted_at
         self.now = now
         self.sequence_numbers = sequence_numbers
+        self.patterns = tuple(pattern for pattern in patterns if pattern.source == "kernel-log")
+        self._needles = (*_NEEDLES, *(pattern.gate for pattern in self.patterns))
         self.lines = 0
         """Whole lines read so far."""
         self.dropped = 0
@@ -227,7 +236,7 @@ class KernelLogReader:
         events: list[KernelEvent] = []
         number = self.lines + 1
         counted = 0
-        for start, end in _candidates(data):
+        for start, end in _candidates(data, self._needles):
             number += data.count(b"\n", counted, start)
             counted = start
             line = data[start : min(end, start + LINE_MAX_BYTES)].decode("utf-8", "replace")
@@ -270,6 +279,9 @@ class KernelLogReader:
                 yield HostMessage(text=line.message[:TEXT_MAX], where=where, at=line.at, kind="boot")
             self._uptime = line.uptime
         message = _BREAK.sub(" ", line.message[:LINE_MAX_BYTES])[:TEXT_MAX]
+        for pattern in self.patterns:
+            if pattern.facts_in(message) is not None:
+                yield HostMessage(text=message, where=where, at=line.at, kind=pattern.signal)
         if self._goes_on(message, number, stamped=line.at is not None or line.uptime is not None):
             return
         yield from self._ended()
@@ -405,10 +417,10 @@ def with_boots_marked(events: Iterable[KernelEvent]) -> tuple[KernelEvent, ...]:
     return tuple(msgspec.structs.replace(e, before_boot=True) for e in events[:last]) + events[last:]
 
 
-def _candidates(data: bytes) -> list[tuple[int, int]]:
+def _candidates(data: bytes, needles: Iterable[bytes]) -> list[tuple[int, int]]:
     """Return start and end of each line that holds a needle, in order."""
     found: dict[int, int] = {}
-    for needle in _NEEDLES:
+    for needle in needles:
         at = data.find(needle)
         while at >= 0:
             end = data.find(b"\n", at)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from calendar import timegm
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from doctor.readers import signals
+from doctor.readers.patterns import LogPattern
 from doctor.snapshot import EngineEvent, Fact, LogState
 
 LINE_MAX_BYTES = 64 * 1024
@@ -59,11 +60,20 @@ class LogReader:
     """Reads one log. It keeps what it needs between visits: an unfinished line, open tracebacks, the line number.
 
     `log` names the log in every event; `name` is what `where` shows, the same if empty. `first_line` is the number of
-    the first line fed, `utc_offset_seconds` the time zone of stamps that tell none.
+    the first line fed, `utc_offset_seconds` the time zone of stamps that tell none, `patterns` the site's own.
     """
 
-    def __init__(self, log: str, *, name: str = "", first_line: int = 1, utc_offset_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        log: str,
+        *,
+        name: str = "",
+        first_line: int = 1,
+        utc_offset_seconds: float = 0.0,
+        patterns: Sequence[LogPattern] = (),
+    ) -> None:
         self.log = log
+        self._patterns = tuple(pattern for pattern in patterns if pattern.source == "engine-log")
         self._name = name or log
         self._utc_offset_seconds = utc_offset_seconds
         self._reference = 0.0
@@ -85,6 +95,7 @@ class LogReader:
 
     def _begin_visit(self) -> None:
         self._kept = _KeptEvents()
+        self._kept_of_site = {pattern.signal: _KeptOfSignal() for pattern in self._patterns}
         self._stats: deque[tuple[int, bytes]] = deque(maxlen=STATS_KEPT)
         self._first_stats: tuple[int, bytes] | None = None
         self._first_served: tuple[int, bytes] | None = None
@@ -112,12 +123,13 @@ class LogReader:
 
     def take(self) -> LogReading:
         """Return what was read since the last call; an unfinished last line waits for its end."""
-        events = sorted([*self._kept.events(), *self._counted_events()], key=lambda pair: pair[0])
+        of_site = [(kept.place, kept.event) for of in self._kept_of_site.values() for kept in (*of.first, *of.last)]
+        events = sorted([*self._kept.events(), *self._counted_events(), *of_site], key=lambda pair: pair[0])
         state = LogState(
             log=self.log,
             lines=self._lines,
             bytes=self._bytes,
-            dropped=self._kept.dropped,
+            dropped=self._kept.dropped + sum(of_signal.dropped for of_signal in self._kept_of_site.values()),
             last_at=self._last_stamp(),
             long_lines=self._long_lines,
             passed_over_bytes=self._passed_over,
@@ -168,6 +180,8 @@ class LogReader:
         before = number = self._line - 1
         counted = 0
         self._note_served(block, before)
+        for pattern in self._patterns:
+            self._note_site_lines(pattern, block, before)
         for found in _NOT_PASSED_OVER.finditer(block):
             line = found[1]
             if line.endswith(_ANSWERED):
@@ -325,6 +339,20 @@ class LogReader:
                 self._last_served = _Served(block, position, before)
                 return
             position = block.rfind(_POST, 0, position)
+
+    def _note_site_lines(self, pattern: LogPattern, block: bytes, before: int) -> None:
+        """Keep the lines of a site's pattern, which may be of any kind: those that are passed over, too."""
+        number, counted = before, 0
+        position = block.find(pattern.gate)
+        while position >= 0:
+            number += block.count(b"\n", counted, position)
+            counted = position
+            for record in self._records(_line_at(block, position)):
+                if pattern.facts_in(record.text) is not None:
+                    event = self._event(pattern.signal, number, record, {})
+                    self._kept_of_site[pattern.signal].add(_Kept((number, 0), event, b""), in_a_row=False)
+            end = block.find(b"\n", position)
+            position = block.find(pattern.gate, end) if end >= 0 else -1
 
     def _counted_events(self) -> Iterator[tuple[tuple[int, int], EngineEvent]]:
         """Yield what is kept as bare lines until now: statistics and served requests."""

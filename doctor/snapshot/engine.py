@@ -186,7 +186,8 @@ class EngineEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """A line of an engine's log that some symptom can use."""
 
     signal: str
-    """What it says, by the reader's table, e.g. `watchdog-timeout`, `cuda-out-of-memory`, `startup-complete`."""
+    """What it says, by the reader's table, e.g. `watchdog-timeout`, `cuda-out-of-memory`, `startup-complete`;
+    `site:ID` for a pattern of the site's own."""
     text: str
     """The message without its prefix, cut to 600 characters."""
     where: str

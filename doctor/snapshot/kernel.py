@@ -80,7 +80,7 @@ class HostMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     where: str
     at: float | None = None
     kind: str
-    """`segfault`, `hung-task`, `aer`, `mce`, `boot`."""
+    """`segfault`, `hung-task`, `aer`, `mce`, `boot`; `site:ID` for a pattern of the site's own."""
     pci_address: str | None = None
     pid: int | None = None
     process_name: str | None = None
