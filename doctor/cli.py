@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -19,6 +19,7 @@ from doctor import __version__
 
 if TYPE_CHECKING:
     from doctor.config import Site
+    from doctor.recorder.flight import FlightRecorder
     from doctor.report import Report
     from doctor.rule import AnyRule
     from doctor.snapshot import Snapshot, Source
@@ -28,6 +29,9 @@ KEEP_SECONDS = 3600.0
 
 CHECK_SECONDS = 1.0
 """How long `check` looks: two visits, so that counters can be seen to move."""
+
+STATE_FOLDER = Path("/var/lib/gpu-doctor")
+"""Where the packaged service records."""
 
 COULD_NOT_RUN = 3
 INTERRUPTED = 130
@@ -87,9 +91,10 @@ def _refusals() -> tuple[type[Exception], ...]:
     from doctor.door.address import DoorError
     from doctor.feeds.evidence import EvidenceError
     from doctor.feeds.recording import RecordingError
+    from doctor.recorder.folder import RecorderError
     from doctor.simulation.faults import FaultError
 
-    return (ConfigError, DoorError, EvidenceError, FaultError, RecordingError)
+    return (ConfigError, DoorError, EvidenceError, FaultError, RecorderError, RecordingError)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -111,6 +116,15 @@ with_node = [
         metavar="DIR",
         help="Where the node's file system is mounted; default /.",
     ),
+]
+with_state = [
+    click.option(
+        "--state-dir",
+        type=FILE,
+        metavar="DIR",
+        help="The flight recorder's folder; default: $STATE_DIRECTORY, which systemd sets for the service, "
+        "and /var/lib/gpu-doctor for reading.",
+    )
 ]
 with_site = [click.option("--config", type=FILE, metavar="FILE", help="The site's configuration, TOML.")]
 with_verdict = [
@@ -157,7 +171,12 @@ def cli() -> None:
 
 @cli.command()
 @options(with_node, with_verdict, with_format)
-@click.option("--replay", type=FILE, metavar="FILE", help="Judge a recording instead of this node.")
+@click.option(
+    "--replay",
+    type=FILE,
+    metavar="FILE",
+    help="Judge a recording, or a flight recorder's folder, instead of this node.",
+)
 @click.option(
     "--for",
     "seconds",
@@ -185,9 +204,7 @@ def check(
     if replay is not None and (simulate is not None or faults):
         raise click.UsageError("--replay judges a recording, --simulate a node: choose one")
     if replay is not None:
-        from doctor.feeds import recording
-
-        visits = _closable(recording.read(replay))
+        visits = _closable(_replayed(replay))
     else:
         visits = _visits(site, simulate, faults, root, times=1 + round(seconds))
     report = _last_report(visits, site, _optional(site, optional))
@@ -231,27 +248,49 @@ def record(
 
 
 @cli.command()
-@click.argument("files", nargs=-1, required=True, type=FILE, metavar="FILE…")
-@options(with_site, with_format)
+@click.argument("files", nargs=-1, type=FILE, metavar="FILE…")
+@click.option(
+    "--at",
+    metavar="TIME",
+    help="Judge what the flight recorder saw then, instead of files: 02:10 (the last such), or 2026-11-21T02:10.",
+)
+@click.option(
+    "--window", default="30m", metavar="SPAN", show_default=True, help="With --at: how much time around it to look at."
+)
+@options(with_state, with_site, with_format)
 @click.pass_context
-def triage(ctx: click.Context, files: tuple[Path, ...], config: Path | None, form: str) -> None:
+def triage(
+    ctx: click.Context,
+    *,
+    files: tuple[Path, ...],
+    at: str | None,
+    window: str,
+    state_dir: Path | None,
+    config: Path | None,
+    form: str,
+) -> None:
     """Judge pasted evidence: an engine's log, dmesg, collect_env, nvidia-smi -q, topo -m, a metrics page.
 
-    Any mix of them; the kind of a file is told by its content.
+    Any mix of them; the kind of a file is told by its content. With --at: judge the worst visit of that time.
     """
     import time
 
-    from doctor.feeds import evidence
-
+    if bool(files) == (at is not None):
+        raise click.UsageError("triage judges FILE…, or with --at TIME the flight recorder: give one of them")
     site = _site(config)
-    visits = _closable(evidence.read(files, now=time.time()))
-    report = _last_report(visits, site, frozenset(site.optional))
+    if at is not None:
+        report = _report_of(at, window, _recorder_folder(state_dir), site)
+    else:
+        from doctor.feeds import evidence
+
+        visits = _closable(evidence.read(files, now=time.time()))
+        report = _last_report(visits, site, frozenset(site.optional))
     _tell(report, form)
     ctx.exit(report.verdict.exit_code)
 
 
 @cli.command()
-@options(with_node, with_verdict)
+@options(with_node, with_verdict, with_state)
 @click.option(
     "--listen", default="127.0.0.1:9481", metavar="HOST:PORT", show_default=True, help="Where to serve /metrics."
 )
@@ -278,6 +317,7 @@ def daemon(
     root: Path,
     config: Path | None,
     optional: tuple[str, ...],
+    state_dir: Path | None,
     listen: str,
     interval: float,
     web_config: Path | None,
@@ -287,6 +327,7 @@ def daemon(
     from doctor.door.address import address
 
     site, at = _site(config), address(listen)
+    recorder = _flight_recorder(state_dir or _service_folder())
     daemon.run(
         _visits(site, simulate, faults, root, interval=interval),
         _rules(site),
@@ -297,7 +338,26 @@ def daemon(
         optional=_optional(site, optional),
         silences=site.silence,
         web_config=web_config,
+        recorder=recorder,
     )
+
+
+@cli.command()
+@click.option("--since", default="1d", metavar="TIME", show_default=True, help="2h, 7d, 02:10, 2026-11-21T02:10.")
+@click.option("--format", "form", type=click.Choice(["console", "json"]), default="console", show_default=True)
+@options(with_state)
+def history(*, since: str, form: str, state_dir: Path | None) -> None:
+    """Tell which findings came and went, and when nobody looked, from the flight recorder."""
+    import time
+
+    from doctor.recorder.folder import Folder
+    from doctor.recorder.moment import moment_or_span
+    from doctor.recorder.timeline import timeline
+    from exporters import history
+
+    folder = Folder(_recorder_folder(state_dir))
+    told = timeline(folder, moment_or_span(since, time.time()))
+    _say(history.render_json(told).decode() if form == "json" else history.render(told, _terminal()))
 
 
 @cli.command()
@@ -396,6 +456,54 @@ def _visits(
 
     collectors = live.collectors(root, logs=site.engine.logs, metrics=site.engine.metrics)
     return _closable(live.every(interval, collectors, times))
+
+
+def _replayed(path: Path) -> Iterator[Snapshot]:
+    if path.is_dir():
+        from doctor.recorder.folder import Folder
+
+        folder = Folder(path)
+        if not folder.segments():
+            refuse(f"{path}: a folder without a flight recorder's segments")
+        return (entry.snapshot for entry in folder.entries())
+    from doctor.feeds import recording
+
+    return recording.read(path)
+
+
+def _flight_recorder(directory: Path | None) -> FlightRecorder | None:
+    if directory is None:
+        return None
+    from doctor.recorder.flight import FlightRecorder
+    from doctor.recorder.folder import Bounds
+
+    return FlightRecorder(directory, Bounds(), keep_seconds=KEEP_SECONDS)
+
+
+def _report_of(at: str, window: str, directory: Path, site: Site) -> Report:
+    """Return what the flight recorder saw then."""
+    import time
+
+    from doctor.diagnose import watch
+    from doctor.recorder.folder import Folder
+    from doctor.recorder.incident import worst_report
+    from doctor.recorder.moment import moment, span
+
+    def watched(visits: Iterable[Snapshot], past: Sequence[Snapshot]) -> Iterator[Report]:
+        return watch(visits, _rules(site), KEEP_SECONDS, frozenset(site.optional), site.silence, past=past)
+
+    return worst_report(Folder(directory), moment(at, time.time()), span(window), KEEP_SECONDS, watched)
+
+
+def _recorder_folder(state_dir: Path | None) -> Path:
+    """Return where a daemon of this machine records."""
+    return state_dir or _service_folder() or STATE_FOLDER
+
+
+def _service_folder() -> Path | None:
+    """Return the state folder that systemd gives the service, the first where there are several."""
+    told = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return Path(told) if told else None
 
 
 def _closable(visits: Iterator[Snapshot]) -> Generator[Snapshot, None, None]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import structlog
@@ -15,53 +15,14 @@ import structlog
 from doctor.diagnose import watch
 from doctor.door.address import Address
 from doctor.door.server import Door
-from doctor.report import ReportedFinding
+from doctor.recorder.changes import Change, changes
+from doctor.recorder.flight import FlightRecorder
+from doctor.recorder.segment import Entry
 from doctor.rule import AnyRule
 from doctor.silence import Silence
 from doctor.snapshot import Snapshot, Source
 from exporters.prometheus import Tally
 from exporters.wording import plain, severity_of, silenced
-
-
-class Change(msgspec.Struct, frozen=True):
-    """A finding that appeared, changed or cleared between two reports."""
-
-    what: Literal["appeared", "changed", "cleared"]
-    finding: ReportedFinding
-
-
-def changes(before: Sequence[ReportedFinding], after: Sequence[ReportedFinding]) -> Iterator[Change]:
-    """Yield what is different, in the order of the report; what cleared comes last.
-
-    A finding is the same while its failure mode and its subject are, or overlap; it changes when its severity,
-    confidence, subject, causes or silence do. Its sentence may tell new numbers at every visit: that is no change.
-    """
-    left = list(before)
-    for now in after:
-        was = next((old for old in left if _same_subject(old, now)), None)
-        was = was or next((old for old in left if _may_be_the_same(old, now)), None)
-        if was is None:
-            yield Change("appeared", now)
-            continue
-        left.remove(was)
-        if _character(was) != _character(now):
-            yield Change("changed", now)
-    yield from (Change("cleared", old) for old in left)
-
-
-def _same_subject(one: ReportedFinding, other: ReportedFinding) -> bool:
-    a, b = one.finding, other.finding
-    return (a.failure_mode, a.subject) == (b.failure_mode, b.subject)
-
-
-def _may_be_the_same(one: ReportedFinding, other: ReportedFinding) -> bool:
-    a, b = one.finding, other.finding
-    return a.failure_mode == b.failure_mode and a.subject.overlaps(b.subject)
-
-
-def _character(reported: ReportedFinding) -> tuple[object, ...]:
-    finding = reported.finding
-    return (severity_of(finding), finding.confidence, finding.subject, reported.caused_by, reported.silence)
 
 
 def run(  # the one function that ties feed, path, page and log together
@@ -75,9 +36,12 @@ def run(  # the one function that ties feed, path, page and log together
     optional: frozenset[Source] = frozenset(),
     silences: Sequence[Silence] = (),
     web_config: Path | None = None,
+    recorder: FlightRecorder | None = None,
 ) -> None:
     """Judge every visit and serve the last report until SIGTERM or SIGINT. Raises DoorError where it can't."""
-    log, tally = _log(), Tally()
+    log = _log()
+    past = recorder.past if recorder else ()
+    tally = _tally_of(past[-1].counted) if past else Tally()
     door = Door(
         listen,
         tally,
@@ -87,18 +51,44 @@ def run(  # the one function that ties feed, path, page and log together
         optional=optional,
         web_config=web_config,
     )
-    before: tuple[ReportedFinding, ...] = ()
+    before = next((entry.findings for entry in reversed(past) if entry.findings is not None), ())
     try:
         with _ended_by_signals(), closing(visits), door.opened() as bound:
             log.info("listening", address=str(bound), version=version)
-            for report in watch(visits, rules, keep_seconds, optional, silences):
+            if past:
+                log.info("recording read", visits=len(past), last_at=past[-1].snapshot.at)
+            if recorder and recorder.damaged:
+                log.warning("recording damaged", places=recorder.damaged)
+            for report in watch(
+                _recorded(visits, recorder), rules, keep_seconds, optional, silences, past=[e.snapshot for e in past]
+            ):
                 tally.add(report)
                 door.show(report)
                 for change in changes(before, report.findings):
                     _tell(log, change)
                 before = report.findings
+                if recorder:
+                    counted = msgspec.msgpack.encode(tally)
+                    recorder.keep(Entry(snapshot=report.snapshot, findings=report.findings, counted=counted))
     except KeyboardInterrupt:
         log.info("ended", visits=tally.visits)
+    finally:
+        if recorder:
+            recorder.close()
+
+
+def _recorded(visits: Generator[Snapshot, None, None], recorder: FlightRecorder | None) -> Iterator[Snapshot]:
+    """Yield each visit with what the flight recorder says of itself then."""
+    for snapshot in visits:
+        yield msgspec.structs.replace(snapshot, recorder=recorder.state()) if recorder else snapshot
+
+
+def _tally_of(counted: bytes) -> Tally:
+    """Return the counters as they were recorded; another version's that don't fit begin anew."""
+    try:
+        return msgspec.msgpack.decode(counted, type=Tally, dec_hook=lambda wanted, value: wanted(value))
+    except (msgspec.DecodeError, TypeError, ValueError):
+        return Tally()
 
 
 def _tell(log: Any, change: Change) -> None:

@@ -9,7 +9,7 @@ import pytest
 import reports
 from daemons import PROGRAM, await_true, running
 
-from doctor.daemon import Change, changes
+from doctor.recorder.changes import Change, changes
 from doctor.report import ReportedFinding
 from doctor.rule import Confidence, Severity
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,15 +66,22 @@ class Folder:
             raise RecorderError(f"{self.directory}: can't be read: {e.strerror}") from e
         return tuple(self.directory / name for name in names)
 
-    def entries(self, since: float = float("-inf"), until: float = float("inf")) -> Iterator[Entry]:
-        """Yield the visits from *since* to *until*, in the order in which they were made."""
+    def walk(self, wanted: Callable[[Frame], bool]) -> Iterator[tuple[Frame, Entry | None]]:
+        """Yield every frame in the order of the visits, with its entry where it is *wanted* and can be told."""
         for segment in self.segments():
             reading = Reading()
             for frame in self._frames(segment):
-                if since <= frame.at <= until:
-                    yield from self._told(segment, reading, frame)
+                if wanted(frame):
+                    yield frame, next(self._told(segment, reading, frame), None)
                 else:
                     reading.pass_by(frame)
+                    yield frame, None
+
+    def entries(self, since: float = float("-inf"), until: float = float("inf")) -> Iterator[Entry]:
+        """Yield the visits from *since* to *until*, in the order in which they were made."""
+        for _, entry in self.walk(lambda frame: since <= frame.at <= until):
+            if entry is not None:
+                yield entry
 
     def tail(self, seconds: float) -> tuple[int, tuple[Entry, ...]]:
         """Return the number of the last visit (0: there is none) and the entries of the last *seconds*.
