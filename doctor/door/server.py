@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ class Door:
 
     def _bound(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self._listen.host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio turns Nagle's delay off only where a socket says that it speaks TCP: 40 ms an answer
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((self._listen.host, self._listen.port))
@@ -200,6 +202,7 @@ class _Server:
             guest = _Guest(str(peer[0]))
             self._guests.add(guest)
             guest.task = asyncio.create_task(self._attend(guest, client))
+            guest.task.add_done_callback(partial(self._gone, guest, client))
             await asyncio.sleep(0)  # however many knock, those inside are served in between
 
     def _crowd_out_one(self) -> None:
@@ -231,10 +234,16 @@ class _Server:
         except (OSError, EOFError):
             pass  # it went away
         finally:
-            self._guests.discard(guest)
             if writer is not None:
                 writer.transport.abort()  # what was written is out, or nobody takes it
-            client.close()
+
+    def _gone(self, guest: _Guest, client: socket.socket, task: asyncio.Task[None]) -> None:
+        """Forget a guest; one that was crowded out before its task had begun, too."""
+        self._guests.discard(guest)
+        client.close()
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._log.error("request failed", error=plain(repr(error)))
 
     async def _converse(self, guest: _Guest, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Hear one question and answer it; return whether there may be another."""
