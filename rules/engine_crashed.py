@@ -101,8 +101,9 @@ def _is_told(incident: Incident) -> bool:
         return True
     if cause.signal == "cuda-out-of-memory":
         return not incident.serving
-    if cause.signal == "worker-died" and cause.facts.get("exit_code") in KILLED_EXIT_CODES:
-        return True
+    code = cause.facts.get("exit_code")
+    if cause.signal == "worker-died" and isinstance(code, int) and KILLED_EXIT_CODES.get(code) == "SIGKILL":
+        return True  # by worker-killed; any other signal is the program's own mistake
     # A fault or a timeout of which no process died yet is told by its own rule alone.
     own_rules = ("cuda-error", "watchdog-timeout", "nccl-error", "nccl-peer-lost", "watchdog-heartbeat")
     return cause.signal in own_rules and kind not in _NO_RULE and not incident.fatal

@@ -538,3 +538,9 @@ def test_a_cache_that_is_full_over_the_window_with_a_queue_is_saturated() -> Non
         nodes.healthy("hgx-h100-4"), lambda s: nodes.with_metrics(s, kv_cache_usage_ratio=0.97, waiting=12.0)
     )
     assert nodes.found(kv_cache_saturated.RULE.but(limits=limits), short) == ()
+
+
+@pytest.mark.parametrize("code", [-4, -6, -7, -8, -11, 134, 136, 139, 1])
+def test_a_worker_that_ended_by_its_own_mistake_is_a_crash(code: int) -> None:
+    line = f"(EngineCore pid=9) ERROR 11-20 08:00:01 [x.py:1] Worker proc VllmWorker-1 died unexpectedly (exit code: {code}), shutting down executor.\n"
+    assert ids(report_of(STARTED + SERVED + line))[:1] == ["engine-crashed"]
