@@ -134,15 +134,19 @@ def unproven(history: History) -> tuple[Served, ...]:
     They start, or they vanished before they served. An engine proves its settings by its log, by its metrics page, or
     by running for hours; and the same command line that has served within the history will serve again.
     """
+    candidates = [
+        one
+        for one in (*served(history), *_vanished(history))
+        if not one.came_up and not (one.engine.started_at and history.now - one.engine.started_at > START_SECONDS)
+    ]
+    if not candidates:
+        return ()
     proven = {page.engine for snapshot in history.snapshots for page in snapshot.metrics}
     lines = {e.command_line for s in history.snapshots for e in s.engines if e.id in proven and len(e.command_line) > 1}
     return tuple(
         msgspec.structs.replace(one, serving=_expected(history, one))
-        for one in (*served(history), *_vanished(history))
-        if not one.came_up
-        and one.engine.id not in proven
-        and one.engine.command_line not in lines
-        and not (one.engine.started_at and history.now - one.engine.started_at > START_SECONDS)
+        for one in candidates
+        if one.engine.id not in proven and one.engine.command_line not in lines
     )
 
 
