@@ -104,7 +104,7 @@ BROKEN = {
         "GPU P2P capability or P2P test failed.\n"),
     ),
     "tile-of-a-weight-only-kernel": (
-        "fp8-block-misaligned",
+        "tp-heads-indivisible",
         WORKER + "RuntimeError: size_n = 352 is not divisible by tile_n_size = 64\n" + CORE + "EngineCore failed to start.\n",
     ),
 }  # fmt: skip
