@@ -130,11 +130,7 @@ def _finding(log: EngineLog, incident: Incident, gpus: tuple[str, ...]) -> Findi
         summary=f"The engine died {when}: {text}{_place(cause)}",
         evidence=(
             Evidence(Source.ENGINE_LOG.value, cause.where, cause.text),
-            *(
-                Evidence(Source.ENGINE_LOG.value, event.where, event.text)
-                for event in incident.events[:8]
-                if event is not cause
-            ),
+            *(Evidence(Source.ENGINE_LOG.value, event.where, event.text) for event in _others(incident)),
         )[:4],
         confidence=Confidence.LOW if vague or cause.signal == "rpc-timeout" else Confidence.MEDIUM,
         subject=Subject(
@@ -146,6 +142,14 @@ def _finding(log: EngineLog, incident: Incident, gpus: tuple[str, ...]) -> Findi
         since=incident.at,
         facts=facts,
     )
+
+
+def _others(incident: Incident) -> tuple[EngineEvent, ...]:
+    """Return the errors beside the cause: the first of each kind before more of the same."""
+    firsts = {event.signal: event for event in reversed(incident.events)}
+    alike = [event for event in incident.events[:8] if event is not firsts[event.signal]]
+    kinds = sorted(firsts.values(), key=incident.events.index)
+    return tuple(event for event in (*kinds, *alike) if event is not incident.cause)
 
 
 def _quoted(cause: EngineEvent) -> str:

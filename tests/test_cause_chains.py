@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-import nodes
+import datetime
+from itertools import permutations
+from pathlib import Path
 
+import drills
+import msgspec
+import nodes
+import pytest
+from click.testing import CliRunner
+from record_chain_cases import CHAINS
+
+from doctor import cli
+from doctor.diagnose import watch
+from doctor.feeds import evidence, recording, simulated
 from doctor.report import Report
+from doctor.rule import Severity
+from doctor.simulation.script import UPTIME_SECONDS, EngineScript, kernel_lines
 from doctor.snapshot import EngineEvent, Snapshot, Source, Why
 from rules import RULES
+
+RECORDED = Path(__file__).parent / "chains"
 
 
 def chain(report: Report) -> list[tuple[str, int]]:
@@ -134,3 +150,145 @@ def test_heat_explains_the_loss_of_that_gpu_and_of_no_other() -> None:
 
     assert burnt(1)[:2] == [("cooling-insufficient", 0), ("gpu-lost", 1)]
     assert set(burnt(3)) >= {("cooling-insufficient", 0), ("gpu-lost", 0)}
+
+
+# Whole incidents, as `record_chain_cases.py` recorded them.
+
+INCIDENTS = {
+    "gpu-lost": [("gpu-lost", 0), ("nccl-timeout", 1), ("engine-crashed", 2), ("recovery-pending", 1)],
+    "fabric-manager-dead": [("nvswitch-fabric-fault", 0)],
+    "out-of-memory-killer": [("worker-killed", 0)],
+    "memory-error": [("gpu-memory-faulty", 0), ("engine-crashed", 1), ("recovery-pending", 1)],
+    "thermal-slowdown": [("cooling-insufficient", 0), ("throughput-below-reference", 1), ("ttft-slow", 2)],
+    "memory-held": [("gpu-memory-held", 0), ("out-of-memory-at-startup", 1)],
+    "pcie-fallback": [("pcie-fallback", 0), ("throughput-below-reference", 1)],
+    "pcie-fallback-of-dead-links": [
+        ("nvlink-degraded", 0),
+        ("pcie-fallback", 1),
+        ("throughput-below-reference", 2),
+        ("allreduce-dominant", 2),
+    ],
+    "mig": [("mig-misconfigured", 0)],
+}
+"""Chain → its one incident. Where one finding joins the whole chain, `LINKS` says what it must quote."""
+
+LINKS = {
+    "gpu-lost": ("Xid (PCI:0000:3a:00): 79", "GPU_IS_LOST", "Watchdog caught collective operation timeout"),
+    "fabric-manager-dead": ("no process; its unit is inactive", "Error 802: system not yet initialized"),
+    "out-of-memory-killer": ("(exit code: -9)", "Killed process 2264"),
+    "memory-error": ("Xid (PCI:0000:3a:00): 95", "uncorrectable ECC error encountered", "unhandled cuda error"),
+    "thermal-slowdown": ("for 330.0 of the last 330 s",),
+    "memory-held": (
+        "pid 9377 (/usr/bin/python3) holds 20.0 GiB",
+        "on startup is less than desired GPU memory utilization",
+    ),
+    "pcie-fallback": ("Custom allreduce is disabled",),
+    "pcie-fallback-of-dead-links": ("0 of 18 links active", "Custom allreduce is disabled"),
+    "mig": ("current mode is enabled", "no NVLink is up", "P2P read: not supported", "Custom allreduce is disabled"),
+}
+
+TWO = {
+    "two-lost-gpu-and-fault-elsewhere": {"gpu-lost", "application-fault"},
+    "two-lost-gpu-and-timeout-elsewhere": {"gpu-lost", "nccl-timeout"},
+    "two-memory-error-and-a-narrow-slot": {"gpu-memory-faulty", "pcie-link-degraded"},
+    "two-heat-and-a-narrow-slot": {"cooling-insufficient", "pcie-link-degraded"},
+    "two-held-memory-and-a-brake": {"gpu-memory-held", "power-brake"},
+    "two-slow-slot-and-own-error": {"pcie-link-degraded", "engine-crashed"},
+}
+
+
+def visits_of(name: str) -> tuple[Snapshot, ...]:
+    return tuple(recording.read(RECORDED / f"{name}.rec"))
+
+
+def roots(report: Report) -> list[str]:
+    return [f.finding.failure_mode for f in report.roots]
+
+
+def test_every_chain_is_recorded_and_told() -> None:
+    assert {path.stem for path in RECORDED.glob("*.rec")} == set(CHAINS) == {*INCIDENTS, *TWO}
+    assert set(LINKS) == set(INCIDENTS)
+
+
+@pytest.mark.parametrize("name", INCIDENTS)
+def test_an_incident_is_one_and_its_root_comes_first(name: str) -> None:
+    report = nodes.report(visits_of(name), RULES)
+    assert chain(report) == INCIDENTS[name]
+    assert {piece for piece in LINKS[name] for f in report.findings for e in f.finding.evidence if piece in e.text} == {
+        *LINKS[name]
+    }
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_unrelated_faults_stay_two_incidents(name: str) -> None:
+    report = nodes.report(visits_of(name), RULES)
+    assert sorted(roots(report)) == sorted(TWO[name])
+
+
+MISSING = (Source.KERNEL_LOG, Source.ENGINE_LOG, Source.NVML, Source.ENGINE_METRICS, Source.PROCESSES)
+
+
+@pytest.mark.parametrize("name", INCIDENTS)
+@pytest.mark.parametrize("source", MISSING, ids=lambda source: source.value)
+def test_with_a_part_missing_nothing_else_becomes_the_root(name: str, source: Source) -> None:
+    blind = nodes.each(visits_of(name), lambda s: nodes.unseen(s, source, why=Why.NO_PERMISSION))
+    report = nodes.report(blind, RULES)
+    found = [f.finding.failure_mode for f in report.findings if f.finding.severity != Severity.NOTICE]
+    expected = [failure_mode for failure_mode, _ in INCIDENTS[name]]
+    assert set(found) <= set(expected)
+    assert sorted(found, key=expected.index)[:1] == found[:1], "what is left of the chain begins with its first link"
+
+
+# The same as pasted evidence: what the node's kernel and its engine wrote.
+
+PASTED = {
+    "gpu-lost": (["gpu-lost"], ["nccl-timeout"], ["gpu-lost"]),
+    "fabric-manager-dead": ([], ["nvswitch-fabric-fault"], ["nvswitch-fabric-fault"]),
+    "out-of-memory-killer": (["worker-killed"], ["worker-killed"], ["worker-killed"]),
+    "memory-error": (["gpu-memory-faulty"], ["gpu-memory-faulty"], ["gpu-memory-faulty"]),
+    "memory-held": ([], ["out-of-memory-at-startup"], ["out-of-memory-at-startup"]),
+    "pcie-fallback": ([], ["pcie-fallback"], ["pcie-fallback"]),
+}
+"""Chain → the roots by the kernel's log alone, by the engine's log alone, and by both."""
+
+
+def pasted(name: str, folder: Path) -> tuple[Path, Path]:
+    """Write what `dmesg -T` and the engine's log hold at the end of the drill; return both files."""
+    seconds, profile, faults = CHAINS[name]
+    drill = msgspec.structs.replace(simulated.drill_of(profile, faults), started_at=drills.BEGINS)
+
+    def stamped(second: float) -> str:
+        at = datetime.datetime.fromtimestamp(drills.BEGINS + max(second, -UPTIME_SECONDS), datetime.timezone.utc)
+        return f"[{at:%a %b %d %H:%M:%S %Y}]"
+
+    dmesg, log = folder / "dmesg.txt", folder / "serve.log"
+    dmesg.write_text("".join(f"{stamped(line.seconds)} {line.text}\n" for line in kernel_lines(drill)))
+    told = [line for line in EngineScript(drill, 8000).lines() if line.seconds <= seconds[-1]]
+    log.write_text("".join(f"{line.text}\n" for line in told))
+    return dmesg, log
+
+
+@pytest.mark.parametrize("name", PASTED)
+def test_a_pasted_incident_has_the_same_root_whatever_is_missing(name: str, tmp_path: Path) -> None:
+    dmesg, log = pasted(name, tmp_path)
+
+    def of(*files: Path) -> list[str]:
+        (*_, report) = watch(evidence.read(files, now=drills.BEGINS + 600), RULES, keep=3600)
+        return roots(report)
+
+    by_kernel, by_engine, by_both = PASTED[name]
+    assert of(dmesg) == by_kernel
+    assert of(log) == by_engine
+    assert [of(*order) for order in permutations((dmesg, log))] == [by_both, by_both]
+
+
+# As the engineer on call reads it.
+
+
+@pytest.mark.parametrize(("name", "code"), [("gpu-lost", 2), ("thermal-slowdown", 2), ("mig", 1)])
+def test_a_replay_tells_the_incident_from_the_top(name: str, code: int) -> None:
+    result = CliRunner().invoke(cli.cli, ["check", "--replay", str(RECORDED / f"{name}.rec")])
+    assert result.exit_code == code
+    places = [result.output.find(failure_mode) for failure_mode, _ in INCIDENTS[name]]
+    assert -1 not in places
+    assert places == sorted(places)

@@ -219,7 +219,10 @@ class KernelLogReader:
         end = data.rfind(b"\n") + 1
         self._rest = data[end : end + LINE_MAX_BYTES]
         self._skipping = len(data) - end > LINE_MAX_BYTES
-        return self._events(data[:end])
+        events = self._events(data[:end])
+        if self._sentence is not None and _is_whole(self._sentence.text):
+            events += self._ended()  # of a log that is followed, nothing may come behind it for hours
+        return events
 
     def finish(self) -> list[KernelEvent]:
         """Return what the unfinished last line and an OOM kill without its second line hold."""

@@ -37,7 +37,7 @@ STATS_SECONDS = 10.0
 """vLLM's interval of its statistics line."""
 
 
-class Line(msgspec.Struct, frozen=True, order=True):
+class Line(msgspec.Struct, frozen=True):
     """A line of a log, and when it is written."""
 
     seconds: float
@@ -60,7 +60,7 @@ def kernel_lines(drill: Drill) -> list[Line]:
         told = _KERNEL.get(fault.name)
         if told is not None:
             lines += [Line(fault.start_seconds + after, text) for after, text in told(drill, fault)]
-    return sorted(lines)
+    return sorted(lines, key=lambda line: line.seconds)
 
 
 def _bus(address: str) -> str:
