@@ -15,6 +15,9 @@ from doctor.rule import AnyRule, Severity
 from doctor.silence import Moment, Silence
 from doctor.snapshot import Source
 
+FILE = Path("/etc/gpu-doctor/config.toml")
+"""Read where no other file is named, and skipped where it does not exist."""
+
 DAY_SECONDS = 86400.0
 
 

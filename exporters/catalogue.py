@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from doctor.config import Site
+from doctor.drop_ins import is_refused
 from doctor.report import Report
 from doctor.rule import AnyRule
+from doctor.silence import Silence
 from doctor.simulation.faults import KINDS, TIMES, Parameter
 from doctor.simulation.profiles import PROFILES
 from exporters.terminal import Terminal, wrapped
-from exporters.wording import plain
+from exporters.wording import plain, silence_subject, silenced
 
 
 def rules_screen(rules: Sequence[AnyRule], report: Report, terminal: Terminal | None = None) -> str:
@@ -35,6 +38,47 @@ def rules_screen(rules: Sequence[AnyRule], report: Report, terminal: Terminal | 
     if off:
         lines += ["", f"{terminal.bold('Off')}: the site's configuration says `enabled = false`"]
     return "\n".join(lines) + "\n"
+
+
+def site_screen(site: Site, rules: Sequence[AnyRule], at: float, terminal: Terminal | None = None) -> str:
+    """Return what a site's configuration comes to at a moment: what is changed, silenced, added and refused."""
+    terminal = terminal or Terminal()
+    own = {pattern.id for pattern in site.log_patterns}
+    refused = [rule for rule in rules if is_refused(rule)]
+    added = [rule for rule in rules if rule.page is not None and rule.id not in own and rule not in refused]
+    parts: dict[str, list[str]] = {
+        "Sources done without": [source.value for source in site.optional],
+        "Logs of engines": [plain(log) for log in site.engine.logs],
+        "Pages of engines": [plain(page) for page in site.engine.metrics],
+        "Rules changed": [f"{rule.id}: {_changes(site.rules[rule.id])}" for rule in rules if rule.id in site.rules],
+        "Silences in force": [
+            f"{silence_subject(s)}, {silenced(s)}" for s in sorted(site.silence, key=Silence.order) if s.in_force(at)
+        ],
+        "Silences that have ended: renew or remove them": [
+            f"{silence_subject(s)}, {silenced(s)}"
+            for s in sorted(site.silence, key=Silence.order)
+            if not s.in_force(at)
+        ],
+        "Log patterns": [
+            f"{p.id} ({p.severity}, {p.source}): {plain(p.text)}" + (f", {plain(p.pattern)}" if p.pattern else "")
+            for p in site.log_patterns
+        ],
+        "The site's own rules": [f"{rule.id} ({rule.severity.word}): {plain(rule.title)}" for rule in added],
+        "Refused": [f"{rule.id}: {plain(rule.runbook.sections['Meaning'])}" for rule in refused],
+    }
+    lines = wrapped(f"{plain(site.file) or 'no configuration'}: {len(rules)} rules", terminal.width)
+    for heading, entries in parts.items():
+        if entries:
+            lines += ["", terminal.bold(heading)]
+        for entry in entries:
+            lines += wrapped(entry, terminal.width, first="  - ")
+    return "\n".join(lines) + "\n"
+
+
+def _changes(wanted: Mapping[str, object]) -> str:
+    if wanted.get("enabled") is False:
+        return "off"
+    return ", ".join(f"{plain(name)} = {plain(str(value))}" for name, value in wanted.items())
 
 
 def rules_markdown(rules: Iterable[AnyRule], runbooks: str) -> str:
