@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PROGRAM = str(Path(__file__).parent / "served.py")
 """A daemon over hand-made visits."""
@@ -41,9 +47,17 @@ class Daemon:
         return found[0]
 
     def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=10)
+        return self.ask(path, method, {k.replace("_", "-"): v for k, v in headers.items()})
+
+    def ask(
+        self, path: str, method: str = "GET", headers: dict[str, str] | None = None, tls: ssl.SSLContext | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        if tls is None:
+            connection = http.client.HTTPConnection(self.host, self.port, timeout=10)
+        else:
+            connection = http.client.HTTPSConnection(self.host, self.port, timeout=10, context=tls)
         try:
-            connection.request(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+            connection.request(method, path, headers=headers or {})
             response = connection.getresponse()
             return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
         finally:
@@ -74,3 +88,51 @@ def running(*arguments: str) -> Iterator[Daemon]:
             daemon.end()
         assert daemon.process.stderr is not None
         daemon.process.stderr.close()
+
+
+@contextmanager
+def prometheus(folder: Path, jobs: dict[str, tuple[Daemon, str]]) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+    """Run a real Prometheus that scrapes daemons each second; the value asks it a query.
+
+    *jobs*: by name the daemon, and what more Prometheus' configuration says of it. The first scrape takes 5 s to come.
+    """
+    config = folder / "prometheus.yml"
+    config.write_text(
+        "scrape_configs:\n"
+        + "".join(
+            f"  - job_name: {name}\n"
+            "    scrape_interval: 1s\n"
+            "    scrape_timeout: 1s\n"
+            f"    static_configs: [{{targets: ['{daemon.host}:{daemon.port}']}}]\n" + textwrap.indent(more, "    ")
+            for name, (daemon, more) in jobs.items()
+        )
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (folder / "prometheus.log").open("w") as log:
+        server = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={config}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log, stderr=log, env={"PATH": os.environ["PATH"], "GOMAXPROCS": "1"},
+        )  # fmt: skip
+
+        def asked(query: str) -> list[dict[str, Any]]:
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+                connection.request("GET", "/api/v1/query?" + urllib.parse.urlencode({"query": query}))
+                body = connection.getresponse().read()
+                connection.close()
+            except OSError:
+                return []
+            return json.loads(body).get("data", {}).get("result", []) if body.startswith(b"{") else []
+
+        try:
+            yield asked
+        finally:
+            server.terminate()
+            server.wait(PATIENCE_SECONDS)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import gzip
-import http.client
 import json
-import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
-import urllib.parse
+import time
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
+import msgspec
 import pytest
 import reports
-from daemons import PATIENCE_SECONDS, PROGRAM, Daemon, await_true, running
+from daemons import PROGRAM, Daemon, await_true, prometheus, running
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from doctor.door.address import Address, DoorError, address
 from doctor.door.board import Board
+from doctor.door.desk import Desk
+from doctor.rule import Evidence
+from doctor.snapshot import Absent, Source, Unseen, Why
+from exporters import html
+from exporters.prometheus import Own, Tally
 
 
 @pytest.fixture(scope="module")
@@ -136,46 +144,95 @@ def test_a_report_is_fresh_for_three_intervals() -> None:
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on this machine")
 def test_a_real_prometheus_scrapes_the_daemon(tmp_path: Path, lost: Daemon) -> None:
     """Debian's Prometheus reads the page every second; the finding is asked back over its API."""
-    config = tmp_path / "prometheus.yml"
-    config.write_text(
-        "scrape_configs:\n"
-        "  - job_name: gpu-doctor\n"
-        "    scrape_interval: 1s\n"
-        "    scrape_timeout: 1s\n"
-        f"    static_configs: [{{targets: ['{lost.host}:{lost.port}']}}]\n"
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = (tmp_path / "prometheus.log").open("w")
-    server = subprocess.Popen(
-        [
-            "prometheus",
-            f"--config.file={config}",
-            f"--storage.tsdb.path={tmp_path / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-        ],
-        stdout=log, stderr=log, env={"PATH": os.environ["PATH"], "GOMAXPROCS": "1"},
-    )  # fmt: skip
-
-    def asked(query: str) -> list[dict[str, dict[str, str]]]:
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", "/api/v1/query?" + urllib.parse.urlencode({"query": query}))
-            body = connection.getresponse().read()
-            connection.close()
-        except OSError:
-            return []
-        return json.loads(body).get("data", {}).get("result", []) if body.startswith(b"{") else []
-
-    try:
+    with prometheus(tmp_path, {"gpu-doctor": (lost, "")}) as asked:
         (finding,) = await_true(lambda: asked('gpu_doctor_finding{failure_mode="gpu-lost"}'))  # type: ignore[misc]
         assert finding["metric"]["uuid"] == reports.uuid(2)
         assert finding["metric"]["severity"] == "critical"
         (up,) = asked('up{job="gpu-doctor"}')
         assert up["value"][1] == "1"
         assert len(asked("gpu_doctor_gpu_temperature_celsius")) == 3, "the lost GPU has no temperature"
-    finally:
-        server.terminate()
-        server.wait(PATIENCE_SECONDS)
-        log.close()
+
+
+def test_a_fault_is_a_metric_one_visit_later() -> None:
+    with running(PROGRAM, "clear,clear,clear,lost", "0.3") as daemon:
+        await_true(lambda: b'gpu_doctor_verdict{verdict="clear"} 1.0' in daemon.get("/metrics")[2])
+        await_true(lambda: b'gpu_doctor_finding{failure_mode="gpu-lost"' in daemon.get("/metrics")[2])
+        seen_at = time.time()
+        report = json.loads(daemon.get("/report")[2])
+        (finding,) = report["findings"]
+        first = float(finding["summary"].partition("at ")[2].partition(":")[0])
+        assert seen_at - first < 0.3 + 0.3, "the visit, and what it takes to ask"
+
+
+def test_the_page_for_people_shows_the_report_and_runs_nothing(lost: Daemon) -> None:
+    status, headers, body = lost.get("/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert headers["content-security-policy"].startswith("default-src 'none'; ")
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-store"
+    text = body.decode()
+    assert "<script" not in text
+    assert "A GPU has fallen off the bus" in text
+    assert "gpu-doctor explain gpu-lost" in text
+    assert 'href="/report"' in text
+
+
+NOT_GIVEN = Unseen(Source.NVML, Absent(Why.NOT_PRESENT, "no NVIDIA driver is loaded"))
+DENIED = Unseen(Source.KERNEL_LOG, Absent(Why.NO_PERMISSION, "/dev/kmsg"))
+
+
+@pytest.mark.parametrize(
+    ("unseen", "optional", "why"),
+    [
+        ((), frozenset[Source](), None),
+        ((NOT_GIVEN,), frozenset[Source](), None),
+        ((NOT_GIVEN, DENIED), frozenset[Source](), "blind: NVML ("),
+        ((NOT_GIVEN, DENIED), frozenset({Source.KERNEL_LOG}), "blind: NVML ("),
+        ((NOT_GIVEN, DENIED), frozenset({Source.KERNEL_LOG, Source.NVML}), None),
+    ],
+)
+def test_a_daemon_that_sees_nothing_that_matters_is_not_healthy(
+    unseen: tuple[Unseen, ...], optional: frozenset[Source], why: str | None
+) -> None:
+    blind = {each.source for each in unseen}
+    visit = reports.snapshot(
+        (), engines=(), unseen=unseen, seen=tuple(source for source in Source if source not in blind)
+    )
+    desk = Desk(Board(15.0), Tally(), lambda: Own(version="0"), optional)
+    assert "no report yet" in (desk.why_ill() or "")
+    desk.show(reports.report(visit))
+    said = desk.why_ill()
+    assert said is None if why is None else said is not None and said.startswith(why) and "no NVIDIA driver" in said
+
+
+def test_hostile_text_stays_text_on_the_page() -> None:
+    page = html.render(reports.hostile(), "0.0.0").decode()
+    body = page.partition("<body>")[2]
+    assert "<b> " not in body
+    assert "&lt;b&gt;" in body
+    assert all(character.isprintable() or character == "\n" for character in page)
+
+
+ELEMENTS = set(
+    re.findall(
+        r"[a-z1-6]+",
+        """html head meta title style body main header footer nav section div p h1 h2 h3
+    b a span ul ol li code details summary""",
+    )
+)
+
+
+@given(st.text(max_size=60))
+def test_no_text_becomes_an_element(text: str) -> None:
+    finding = msgspec.structs.replace(
+        reports.LOST, summary=text, title=text, advice=(text, f"`{text}`"), evidence=(Evidence("nvml", text, text),)
+    )
+    names: list[str] = []
+
+    class Elements(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            names.append(tag)
+
+    page = html.render(reports.report(reports.snapshot(reports.FOUR), finding), text).decode()
+    Elements().feed(page)
+    assert set(names) <= ELEMENTS

@@ -148,7 +148,7 @@ class Desk:
 
 def _blindness(snapshot: Snapshot, optional: frozenset[Source]) -> str | None:
     """Return why nothing of what matters could be seen; None: something was."""
-    essential = sorted(essential_sources(snapshot) - optional, key=lambda source: source.value)
+    essential = [source for source in Source if source in essential_sources(snapshot) - optional]
     blind = [(source, why) for source in essential if (why := snapshot.why_unseen(source)) is not None]
     if not essential or len(blind) < len(essential):
         return None
