@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import zoneinfo
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from doctor.collectors.programs import answer_of
 from doctor.collectors.redaction import text_without_secrets
 from doctor.readers.patterns import LogPattern
 from doctor.readers.vllm_log import LogReader, LogReading
-from doctor.snapshot import Absent, Engine, EngineEvent, LogState, Source, Unseen, Why, known
+from doctor.snapshot import Absent, Engine, EngineEvent, LogState, Position, Source, Unseen, Why, known
 
 MOST_LOGS = 16
 """Followed at once. The log of an engine that is gone is followed on: it tells of what the engine died."""
@@ -52,6 +52,11 @@ class _Log(Protocol):
         """Return what is new. Raises OSError or CannotSeeError."""
         ...
 
+    @property
+    def place(self) -> str:
+        """How far it was read; empty: not at all."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -59,10 +64,18 @@ class _FileLog:
     """A log in a file."""
 
     def __init__(
-        self, name: str, shown: str, path: Path, utc_offset_seconds: float, patterns: Sequence[LogPattern]
+        self,
+        name: str,
+        shown: str,
+        path: Path,
+        utc_offset_seconds: float,
+        *,
+        patterns: Sequence[LogPattern],
+        places: Iterable[str],
     ) -> None:
         self.name = name
         self.file = FollowedFile(path, marker=IDENTITY_MARKER)
+        self.file.go_on(places)
         self._shown = Path(shown).name
         self._utc_offset_seconds = utc_offset_seconds
         self._patterns = patterns
@@ -86,6 +99,10 @@ class _FileLog:
                 self._reader = self._begun(piece.line)
             self._reader.feed(piece.data, at)
         return _one([*before, self._reader.take()])
+
+    @property
+    def place(self) -> str:
+        return self.file.place
 
     def is_of(self, path: Path) -> bool:
         """Whether this is the log of *path*: by its name, or because both names mean one file."""
@@ -114,12 +131,12 @@ def _state_of(path: Path) -> os.stat_result | None:
 class _JournalLog:
     """A systemd unit's lines in the journal."""
 
-    def __init__(self, unit: str, directory: Path | None, patterns: Sequence[LogPattern]) -> None:
+    def __init__(self, unit: str, directory: Path | None, patterns: Sequence[LogPattern], cursor: str) -> None:
         self.name = f"journal:{unit}"
         self._reader = LogReader(self.name, patterns=patterns)  # journalctl is asked for UTC
         self._arguments = ["journalctl", "--quiet", "--no-pager", "--utc", "--output=short", "--show-cursor"]
         self._arguments += [f"--unit={unit}"] + ([f"--directory={directory}"] if directory else [])
-        self._cursor: str | None = None
+        self._cursor: str | None = cursor or None
 
     def read(self, at: float) -> LogReading:
         since = [f"--after-cursor={self._cursor}"] if self._cursor else ["--boot=0", "--lines=50000"]
@@ -134,6 +151,10 @@ class _JournalLog:
             )
         self._reader.feed(answer, at)
         return self._reader.take()
+
+    @property
+    def place(self) -> str:
+        return self._cursor or ""
 
     def close(self) -> None: ...
 
@@ -157,7 +178,7 @@ class EngineLogs:
     """The logs of the engines that run or ran here.
 
     *logs*: paths, or `journal:UNIT`, that the site names; they are read whether an engine runs or not. *patterns*: of
-    lines that the site wants kept.
+    lines that the site wants kept. *positions*: where an earlier life of the program stopped.
     """
 
     source = Source.ENGINE_LOG
@@ -165,11 +186,17 @@ class EngineLogs:
     after_engines = True
 
     def __init__(
-        self, root: Path = Path("/"), *, logs: tuple[str, ...] = (), patterns: Sequence[LogPattern] = ()
+        self,
+        root: Path = Path("/"),
+        *,
+        logs: tuple[str, ...] = (),
+        patterns: Sequence[LogPattern] = (),
+        positions: Sequence[Position] = (),
     ) -> None:
         self.root = root
         self.logs = logs
         self.patterns = patterns
+        self._positions = tuple(position for position in positions if position.source is self.source)
         self._followed: list[_Log] = []
 
     def collect(self, visit: Visit) -> Reading:
@@ -199,7 +226,11 @@ class EngineLogs:
             )
         events = tuple(_without_secrets(event) for reading in seen for event in reading.events)
         return Reading(
-            fields={"engine_events": events, "logs": tuple(reading.state for reading in seen)},
+            fields={
+                "engine_events": events,
+                "logs": tuple(reading.state for reading in seen),
+                "positions": tuple(Position(self.source, log.name, log.place) for log in self._followed if log.place),
+            },
             engine_fields=fields,
             unseen=tuple(unseen),
         )
@@ -222,13 +253,16 @@ class EngineLogs:
             elif name.startswith("journal:"):
                 yield self._journal(name.removeprefix("journal:"))
             else:
-                yield _FileLog(
-                    name, name, files.within(self.root, name), utc_offset_seconds(self.root, None, at), self.patterns
-                )
+                path, offset = files.within(self.root, name), utc_offset_seconds(self.root, None, at)
+                yield _FileLog(name, name, path, offset, patterns=self.patterns, places=self._places())
 
     def _journal(self, unit: str) -> _JournalLog:
         directory = None if self.root == Path("/") else self.root / "var/log/journal"
-        return _JournalLog(unit, directory, self.patterns)
+        cursor = next((p.place for p in self._positions if p.of == f"journal:{unit}"), "")
+        return _JournalLog(unit, directory, self.patterns, cursor)
+
+    def _places(self) -> list[str]:
+        return [position.place for position in self._positions]
 
     def _found(self, engine: Engine, wanted: list[_Log], at: float) -> list[_Log] | Absent:
         """Return the engine's logs: its output files, else its container's, else its unit's, else the site's."""
@@ -260,7 +294,7 @@ class EngineLogs:
         for log in (*wanted, *self._followed):
             if isinstance(log, _FileLog) and log.is_of(source.path):
                 return log
-        return _FileLog(name, source.name, source.path, offset, self.patterns)
+        return _FileLog(name, source.name, source.path, offset, patterns=self.patterns, places=self._places())
 
     def close(self) -> None:
         """Let go of every log."""

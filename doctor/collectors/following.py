@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import itertools
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,6 +16,9 @@ CHUNK_BYTES = 1 << 20
 FINGERPRINT_BYTES = 64
 """What stood before the offset is read again, so that a file truncated and grown past it between visits is noticed."""
 
+
+BESIDE_MAX = 64
+"""Files beside a log that are looked at for the one it was before its rotation."""
 
 COUNTED_BYTES = 256 << 20
 """Lines before the first piece are counted in a file up to this size: a tenth of a second."""
@@ -57,13 +64,53 @@ class FollowedFile:
         self._identity: tuple[int, int] | None = None
         self._offset = 0
         self._fingerprint = b""
+        self._whole = 0
+        """Where the first line begins that is not whole yet."""
+        self._goes_on = False
+
+    @property
+    def place(self) -> str:
+        """How far the file was read, in whole lines: for `go_on`, in a later life of the program; empty: not at all."""
+        if self._file is None or self._identity is None:
+            return ""
+        device, inode = self._identity
+        return f"{device}:{inode}:{self._whole}:{_before(self._file, self._whole).hex()}"
+
+    def go_on(self, places: Iterable[str]) -> None:
+        """Begin where an earlier life of the program stopped, if one of *places* is of this file.
+
+        Renamed meanwhile, the file is looked for beside its name: what it still holds comes first, then the new one.
+        """
+        told = {place.rsplit(":", 2)[0]: place for place in places if place.count(":") == 3}
+        if not told:
+            return
+        beside = (p for p in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}?*")))
+        for path in (self.path, *itertools.islice(beside, BESIDE_MAX)):
+            with contextlib.suppress(OSError, ValueError):
+                state = path.stat()  # before it is opened: a device must not be
+                place = told.get(f"{state.st_dev}:{state.st_ino}")
+                if place is not None and stat.S_ISREG(state.st_mode) and self._stands_at(path, place):
+                    return
+
+    def _stands_at(self, path: Path, place: str) -> bool:
+        """Open the file at *place*, if it still is what was read there."""
+        device, inode, offset, before = place.split(":")
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if os.fstat(file).st_size < int(offset) or _before(file, int(offset)).hex() != before:
+            os.close(file)
+            return False
+        self._file, self._identity = file, (int(device), int(inode))
+        self._offset = self._whole = int(offset)
+        self._fingerprint, self._goes_on = bytes.fromhex(before), True
+        return True
 
     def pieces(self) -> Iterator[Piece]:
         """Yield what is new. Raises OSError when the name can't be opened; what a renamed file still held comes first."""
         left = self.most_bytes
         if self._file is not None:
             named = self._is_named()  # asked first: what is written before the renaming is then read below
-            for piece in self._new(self._file, left):
+            joins, self._goes_on = not self._goes_on, False
+            for piece in self._new(self._file, left, joins=joins):
                 left -= len(piece.data)
                 yield piece
             if left <= 0 or named:
@@ -74,7 +121,7 @@ class FollowedFile:
         self._file = file
         state = os.fstat(file)
         self._identity = (state.st_dev, state.st_ino)
-        self._offset, self._fingerprint = 0, b""
+        self._offset, self._fingerprint, self._whole = 0, b"", 0
         if first and state.st_size > self.head_bytes + self.tail_bytes:
             yield from self._head(file, state.st_size)
         yield from self._new(file, left, joins=False)
@@ -105,17 +152,19 @@ class FollowedFile:
     def _new(self, file: int, most: int, *, joins: bool = True) -> Iterator[Piece]:
         size = os.fstat(file).st_size
         if size < self._offset or _before(file, self._offset) != self._fingerprint:
-            self._offset, joins = 0, False  # copytruncate, or a program that writes its log anew
+            self._offset, self._whole, joins = 0, 0, False  # copytruncate, or a program that writes its log anew
         while self._offset < size and most > 0:
             data = os.pread(file, min(CHUNK_BYTES, most), self._offset)
             if not data:
                 return
             if not data.strip(b"\0"):  # a hole, left by truncating under a writer that does not append
-                self._offset = _after_hole(file, self._offset, size)
+                self._offset = self._whole = _after_hole(file, self._offset, size)
                 self._fingerprint = _before(file, self._offset)
                 joins = False
                 continue
             piece = Piece(data, self._offset, joins, 0 if joins else _line_at(file, self._offset))
+            newline = data.rfind(b"\n")
+            self._whole = self._offset + newline + 1 if newline >= 0 else self._whole
             self._offset += len(data)
             self._fingerprint = _before(file, self._offset)
             most -= len(data)
@@ -131,7 +180,7 @@ class FollowedFile:
         data = os.pread(file, min(self.head_bytes, tail - at), at)
         yield Piece(data[: data.rfind(b"\n") + 1], at, joins=False, line=_line_at(file, at))
         skipped = os.pread(file, CHUNK_BYTES, tail)
-        self._offset = tail + skipped.find(b"\n") + 1
+        self._offset = self._whole = tail + skipped.find(b"\n") + 1
         self._fingerprint = _before(file, self._offset)
 
     def _last_marker(self, file: int, tail: int) -> int | None:

@@ -19,7 +19,7 @@ from doctor.collectors.processes import booted_at
 from doctor.collectors.programs import answer_of
 from doctor.readers.kernel_log import KernelLogReader, with_boots_marked
 from doctor.readers.patterns import LogPattern
-from doctor.snapshot import Absent, KernelEvent, Source, Why
+from doctor.snapshot import Absent, KernelEvent, Position, Source, Why
 
 KMSG = "dev/kmsg"
 LOG_FILES = ("var/log/kern.log", "var/log/dmesg")
@@ -39,12 +39,23 @@ BOOT_SLACK_SECONDS = 5.0
 REMEDY = "run as root, give the process CAP_SYSLOG, or add its user to group adm or systemd-journal"
 
 _FACILITY = re.compile(rb"^(\d+),")
+_NUMBER = re.compile(rb"^\d+,(\d+),")
 
 Open = Callable[[str, int], int]
 
 
 class _Way(Protocol):
-    """One way to the kernel log."""
+    """One way to the kernel log. It goes on at a place of an earlier life where it is given one that still holds."""
+
+    @property
+    def place(self) -> str:
+        """How far it was read; empty: not at all."""
+        ...
+
+    @property
+    def line(self) -> int:
+        """The number of the first line that it gave, where lines are counted; else 1."""
+        ...
 
     def news(self) -> Iterator[bytes]:
         """Yield the records since the last call, whole lines. Raises OSError or CannotSeeError."""
@@ -56,9 +67,18 @@ class _Way(Protocol):
 class _Kmsg:
     """The kernel's own buffer, one record a read; the open file remembers its place."""
 
-    def __init__(self, path: Path, open_file: Open, every_facility: bool) -> None:
+    line = 1
+
+    def __init__(self, path: Path, open_file: Open, every_facility: bool, boot: str, place: str) -> None:
         self._every_facility = every_facility
+        self._boot = boot
+        before, _, number = place.partition(":")
+        self._last = int(number) if before == boot and number.isdecimal() else -1
         self._file = open_file(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    @property
+    def place(self) -> str:
+        return f"{self._boot}:{self._last}" if self._last >= 0 else ""
 
     def news(self) -> Iterator[bytes]:
         for _ in range(MOST_RECORDS):
@@ -72,6 +92,11 @@ class _Kmsg:
                 raise
             if not record:
                 return
+            number = _NUMBER.match(record)
+            if number:
+                if int(number[1]) <= self._last:
+                    continue
+                self._last = int(number[1])
             if self._every_facility or _of_kernel(record):
                 yield record if record.endswith(b"\n") else record + b"\n"
 
@@ -88,13 +113,21 @@ def _of_kernel(record: bytes) -> bool:
 class _File:
     """A file with the kernel's lines, in the form of /dev/kmsg or of syslog."""
 
-    def __init__(self, path: Path, open_file: Open, every_facility: bool) -> None:
+    def __init__(self, path: Path, open_file: Open, every_facility: bool, place: str) -> None:
         os.close(open_file(str(path), os.O_RDONLY | os.O_CLOEXEC))
         self._file = FollowedFile(path, head_bytes=0, tail_bytes=FILE_BYTES, most_bytes=FILE_BYTES)
+        self._file.go_on([place])
         self._every_facility = every_facility
+        self.line = 1
+
+    @property
+    def place(self) -> str:
+        return self._file.place
 
     def news(self) -> Iterator[bytes]:
         for piece in self._file.pieces():
+            if not piece.joins:
+                self.line = max(piece.line, 1)
             if self._every_facility:
                 yield piece.data
             else:
@@ -109,10 +142,16 @@ class _Journal:
 
     _CURSOR = re.compile(rb"^-- cursor: (\S+)\s*$", re.MULTILINE)
 
-    def __init__(self, arguments: Iterable[str]) -> None:
+    line = 1
+
+    def __init__(self, arguments: Iterable[str], place: str) -> None:
         self._arguments = ["journalctl", "--dmesg", "--quiet", "--no-pager", "--output=json", "--show-cursor"]
         self._arguments += ["--output-fields=MESSAGE,_BOOT_ID", *arguments]
-        self._cursor: str | None = None
+        self._cursor: str | None = place or None
+
+    @property
+    def place(self) -> str:
+        return self._cursor or ""
 
     def news(self) -> Iterator[bytes]:
         since = [f"--after-cursor={self._cursor}"] if self._cursor else ["--boot=0", "--lines=50000"]
@@ -132,9 +171,16 @@ class _Dmesg:
     """`dmesg`, which always tells everything: what was told before is left out by its time since boot."""
 
     _UPTIME = re.compile(rb"^\[ *(\d+\.\d+)\]")
+    line = 1
 
-    def __init__(self) -> None:
-        self._last = -1.0
+    def __init__(self, boot: str, place: str) -> None:
+        self._boot = boot
+        before, _, uptime = place.partition(":")
+        self._last = float(uptime) if before == boot else -1.0
+
+    @property
+    def place(self) -> str:
+        return f"{self._boot}:{self._last}"
 
     def news(self) -> Iterator[bytes]:
         fresh: list[bytes] = []
@@ -170,8 +216,11 @@ class KernelLog:
         every_facility: bool = False,
         open_file: Open = os.open,
         patterns: Sequence[LogPattern] = (),
+        positions: Sequence[Position] = (),
     ) -> None:
         self.root = root
+        self._places = {position.of: position.place for position in positions if position.source is self.source}
+        self._name = ""
         self.every_facility = every_facility
         self.open_file = open_file
         self.patterns = patterns
@@ -199,7 +248,11 @@ class KernelLog:
             except CannotSeeError:
                 self.close()
                 raise
-        return Reading(fields={"kernel": _of_this_boot(events, boot)})
+        fields: dict[str, object] = {"kernel": _of_this_boot(events, boot)}
+        if self._way.place:
+            self._places[self._name] = self._way.place
+            fields["positions"] = (Position(self.source, self._name, self._way.place),)
+        return Reading(fields=fields)
 
     def _opened(self, boot: float | None, now: float) -> tuple[_Way, KernelLogReader, list[bytes]]:
         refusals: list[Absent] = []
@@ -209,6 +262,8 @@ class KernelLog:
                 kmsg = name == KMSG
                 shown = f"/{KMSG}" if kmsg else Path(name).name
                 reader = KernelLogReader(shown, booted_at=boot, now=now, sequence_numbers=kmsg, patterns=self.patterns)
+                reader.lines = opened[0].line - 1
+                self._name = name
                 return opened[0], reader, opened[1]
             refusals.append(opened)
         refused = next((why for why in refusals if why.why is Why.NO_PERMISSION), None)
@@ -217,25 +272,38 @@ class KernelLog:
     def _ways(self) -> Iterator[tuple[str, Callable[[], _Way]]]:
         """Yield the ways to the log, the best first."""
         kmsg = self.root / KMSG
+        boot = _boot_id(self.root)
+
+        def place(name: str) -> str:
+            return self._places.get(name, "")
 
         def open_kmsg() -> _Way:
-            form = _Kmsg if stat.S_ISCHR(kmsg.stat().st_mode) else _File
-            return form(kmsg, self.open_file, self.every_facility)
+            if stat.S_ISCHR(kmsg.stat().st_mode):
+                return _Kmsg(kmsg, self.open_file, self.every_facility, boot, place(KMSG))
+            return _File(kmsg, self.open_file, self.every_facility, place(KMSG))
 
         yield KMSG, open_kmsg
         if self.root == Path("/"):
-            yield "journal", lambda: _Journal(())
-            yield "dmesg", _Dmesg
+            yield "journal", lambda: _Journal((), place("journal"))
+            yield "dmesg", lambda: _Dmesg(boot, place("dmesg"))
         elif (journal := self.root / "var/log/journal").is_dir():
-            yield "journal", lambda: _Journal((f"--directory={journal}",))
+            yield "journal", lambda: _Journal((f"--directory={journal}",), place("journal"))
         for name in LOG_FILES:
-            yield name, lambda name=name: _File(self.root / name, self.open_file, self.every_facility)
+            yield name, lambda name=name: _File(self.root / name, self.open_file, self.every_facility, place(name))
 
     def close(self) -> None:
         """Let go of the log; the next visit begins anew."""
         if self._way is not None:
             self._way.close()
         self._way = self._reader = None
+
+
+def _boot_id(root: Path) -> str:
+    """Return what this boot is called; empty where that can't be told."""
+    try:
+        return (root / "proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _tried(name: str, open_way: Callable[[], _Way]) -> tuple[_Way, list[bytes]] | Absent:

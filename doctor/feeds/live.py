@@ -24,7 +24,7 @@ from doctor.collectors.placement import identified, placed
 from doctor.collectors.processes import Processes
 from doctor.collectors.stack import Versions
 from doctor.readers.patterns import LogPattern
-from doctor.snapshot import Absent, CollectorRun, Engine, Node, Snapshot, Source, Unseen, Why
+from doctor.snapshot import Absent, CollectorRun, Engine, Node, Position, Snapshot, Source, Unseen, Why
 
 NEWS = frozenset(("kernel", "engine_events"))
 """Fields that carry their own stamps: what a late answer holds of them is as true at the next visit."""
@@ -36,9 +36,14 @@ def collectors(
     logs: tuple[str, ...] = (),
     metrics: tuple[str, ...] = (),
     patterns: Sequence[LogPattern] = (),
+    positions: Sequence[Position] = (),
 ) -> tuple[Collector, ...]:
-    """Return the collectors of a node, one a source. *logs*, *metrics* and *patterns* are what the site names itself."""
-    return (NvmlCollector(root=root), *without_nvml(root, logs=logs, metrics=metrics, patterns=patterns))
+    """Return the collectors of a node, one a source. *logs*, *metrics* and *patterns* are what the site names itself.
+
+    *positions*: where an earlier life of the program stopped reading.
+    """
+    others = without_nvml(root, logs=logs, metrics=metrics, patterns=patterns, positions=positions)
+    return (NvmlCollector(root=root), *others)
 
 
 def without_nvml(
@@ -48,12 +53,13 @@ def without_nvml(
     metrics: tuple[str, ...] = (),
     kernel_log: KernelLog | None = None,
     patterns: Sequence[LogPattern] = (),
+    positions: Sequence[Position] = (),
 ) -> tuple[Collector, ...]:
     """Return the collectors that read files, programs and pages."""
     return (
-        kernel_log or KernelLog(root, patterns=patterns),
+        kernel_log or KernelLog(root, patterns=patterns, positions=positions),
         Processes(root),
-        EngineLogs(root, logs=logs, patterns=patterns),
+        EngineLogs(root, logs=logs, patterns=patterns, positions=positions),
         MetricsPages(root, urls=metrics),
         Versions(root),
         ServedModels(root),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from doctor.recorder.folder import Bounds, Folder, RecorderError, Shelf
 from doctor.recorder.segment import Entry
-from doctor.snapshot import Recorder
+from doctor.snapshot import Position, Recorder, Source
 
 WAITING_MAX = 512
 """Visits held until the disk takes them. The history shares those of its hour, so that they cost little."""
@@ -62,6 +62,15 @@ class FlightRecorder:
         self._first = self._number + 1
         self._thread = threading.Thread(target=self._work, name="flight-recorder", daemon=True)
         self._thread.start()
+
+    @property
+    def positions(self) -> tuple[Position, ...]:
+        """How far each source was read when the daemon ended."""
+        of_source: dict[Source, tuple[Position, ...]] = {}
+        for entry in self.past:
+            told = entry.snapshot.positions
+            of_source |= {source: tuple(p for p in told if p.source is source) for source in {p.source for p in told}}
+        return tuple(position for positions in of_source.values() for position in positions)
 
     def keep(self, entry: Entry) -> None:
         """Write this visit when the disk takes it. Returns at once."""
