@@ -15,6 +15,7 @@ import structlog
 from doctor.diagnose import watch
 from doctor.door.address import Address
 from doctor.door.server import Door
+from doctor.notify import service_manager
 from doctor.recorder.changes import Change, changes
 from doctor.recorder.flight import FlightRecorder
 from doctor.recorder.segment import Entry
@@ -22,7 +23,7 @@ from doctor.rule import AnyRule
 from doctor.silence import Silence
 from doctor.snapshot import Snapshot, Source
 from exporters.prometheus import Tally
-from exporters.wording import plain, severity_of, silenced
+from exporters.wording import headline, plain, severity_of, silenced
 
 
 def run(  # the one function that ties feed, path, page and log together
@@ -53,7 +54,7 @@ def run(  # the one function that ties feed, path, page and log together
     )
     before = next((entry.findings for entry in reversed(past) if entry.findings is not None), ())
     try:
-        with _ended_by_signals(), closing(visits), door.opened() as bound:
+        with _ended_by_signals(), closing(visits), door.opened() as bound, service_manager(interval_seconds) as manager:
             log.info("listening", address=str(bound), version=version)
             if past:
                 log.info("recording read", visits=len(past), last_at=past[-1].snapshot.at)
@@ -70,6 +71,7 @@ def run(  # the one function that ties feed, path, page and log together
                 if recorder:
                     counted = msgspec.msgpack.encode(tally)
                     recorder.keep(Entry(snapshot=report.snapshot, findings=report.findings, counted=counted))
+                manager.visited(f"{report.verdict.value}: {headline(report)}")
     except KeyboardInterrupt:
         log.info("ended", visits=tally.visits)
     finally:
