@@ -49,7 +49,7 @@ def _is_blocked(history: History, pair: GpuPair) -> bool:
     MIG, a fabric that is not registered and links that are down have failure modes of their own.
     """
     gpus = [history.latest.gpu(uuid) for uuid in (pair.first, pair.second)]
-    linked = known(pair.nvlinks) and pair.nvlinks > 0
+    linked = not known(pair.nvlinks) or pair.nvlinks > 0  # `topo -p2p` alone shows no links: the product tells
     return linked and pair.p2p_read in REASONS and all(gpu is not None and _could(gpu) for gpu in gpus)
 
 

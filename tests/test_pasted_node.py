@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from doctor.diagnose import watch
 from doctor.feeds import evidence
-from doctor.readers import kernel_log, nvidia_smi_table
+from doctor.readers import dcgm, kernel_log, lspci, nvidia_smi_table, p2p_matrix
 from doctor.report import Report, Verdict
 from doctor.snapshot import NvidiaMessage
 from rules import RULES
@@ -150,3 +152,111 @@ def test_nvml_that_does_not_start_is_no_crash_of_an_engine(tmp_path: Path) -> No
 def test_a_fabric_manager_that_refuses_the_driver_is_told_on_any_board(tmp_path: Path, verb: str) -> None:
     text = f"it says: fabric manager NVIDIA GPU driver interface version 550.90.07 {verb} match with driver version 550.54.15.\n"
     assert first(tmp_path, text) == "nvswitch-fabric-fault"
+
+
+PEERS = "$ nvidia-smi topo -p2p r\n \tGPU0\tGPU1\t\n GPU0\tX\t{0}\t\n GPU1\t{0}\tX\t\n\nLegend:\n\n  X    = Self\n  OK   = Status Ok\n"
+BOARD = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-{0}0)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-{0}1)\n".format(
+    "1111-2222-3333-4444-"
+)
+
+
+@pytest.mark.parametrize("word", ["CNS", "TNS", "DR", "NS"])
+def test_gpus_of_a_board_that_may_not_reach_each_other_are_blocked(tmp_path: Path, word: str) -> None:
+    assert first(tmp_path, PEERS.format(word) + BOARD) == "p2p-blocked"
+
+
+def test_peers_that_may_reach_each_other_are_not_blocked_and_unknown_boards_are_not_called_healthy(
+    tmp_path: Path,
+) -> None:
+    assert judged(tmp_path, PEERS.format("OK") + BOARD).verdict is Verdict.CLEAR
+    report = judged(tmp_path, PEERS.format("CNS"))
+    assert not report.roots
+    assert report.verdict is Verdict.INCOMPLETE
+
+
+LINK = (
+    "3b:00.0 3D controller{id}: NVIDIA Corporation GH100 [H100 SXM5 80GB]{number} (rev a1)\n"
+    "\tSubsystem: NVIDIA Corporation Device\n\t\tLnkCap:\tPort #0, Speed 32GT/s, Width x16, ASPM not supported\n"
+    "\t\tLnkSta:\tSpeed {speed}GT/s{slow}, Width x{width} (x)\n\tKernel driver in use: nvidia\n"
+)
+PORT = (
+    "3a:00.0 PCI bridge: Example Corp Switch (prog-if 00 [Normal decode])\n"
+    "\tBus: primary=39, secondary=3b, subordinate=3b, sec-latency=0\n"
+    "\t\tLnkCap:\tPort #1, Speed 32GT/s, Width x8, ASPM not supported\n\t\tLnkSta:\tSpeed 32GT/s, Width x8\n"
+)
+
+
+@pytest.mark.parametrize("numbers", [(" [0302]", " [10de:2330]"), ("", "")])
+def test_lspci_shows_a_link_with_too_few_lanes(tmp_path: Path, numbers: tuple[str, str]) -> None:
+    text = LINK.format(id=numbers[0], number=numbers[1], speed="32", slow="", width=8)
+    report = judged(tmp_path, text)
+    assert report.roots[0].finding.failure_mode == "pcie-link-degraded"
+    assert "8 of 16 lanes" in report.roots[0].finding.summary
+
+
+def test_a_slow_idle_link_and_a_narrow_slot_are_no_faults_of_the_link(tmp_path: Path) -> None:
+    idle = LINK.format(id="", number="", speed="2.5", slow=" (downgraded)", width=16)
+    assert not judged(tmp_path, idle).roots
+    narrow = LINK.format(id="", number="", speed="32", slow="", width=8)
+    assert not judged(tmp_path, PORT + "\n" + narrow).roots
+
+
+def diag(test: str, *words: str, status: str = "Fail - GPU: 1") -> str:
+    rows = [f"| {'Denylist':<25} | {'Pass':<46} |", f"| {test:<25} | {status:<46} |"]
+    sentence = " ".join(words)
+    cut = [sentence[at : at + 46] for at in range(0, len(sentence), 46)]
+    rows += [f"| {'Warning' if number == 0 else '':<25} | {part:<46} |" for number, part in enumerate(cut)]
+    rule = f"+{'-' * 27}+{'-' * 48}+"
+    return "\n".join((rule, *rows, rule)) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [
+        (
+            diag("Page Retirement/Row Remap", "GPU 1 had uncorrectable memory errors and row remapping failed."),
+            "gpu-memory-faulty",
+        ),
+        (diag("Memory", "GPU 1 had memory errors and row remappings are pending"), "gpu-memory-faulty"),
+        (
+            diag("PCIe", "GPU 1 is running at PCI link width 8X, which is below the minimum allowed link width of 16"),
+            "pcie-link-degraded",
+        ),
+    ],
+)
+def test_a_test_of_dcgm_that_failed_stands_for_its_failure_mode(tmp_path: Path, text: str, mode: str) -> None:
+    assert first(tmp_path, text) == mode
+
+
+@pytest.mark.parametrize("status", ["Fail - GPU: 1", "Warn - GPU: 1", "Fail - All"])
+def test_a_test_of_dcgm_that_no_rule_knows_is_not_called_healthy(tmp_path: Path, status: str) -> None:
+    report = judged(tmp_path, diag("Targeted Stress", "Something went wrong on GPU 1", status=status) + table("0"))
+    assert report.verdict is Verdict.INCOMPLETE
+    assert any("Targeted Stress: Something went wrong" in unseen.why.detail for unseen in report.unseen)
+
+
+def test_a_health_report_of_dcgm_that_warns_is_not_called_healthy(tmp_path: Path) -> None:
+    text = (
+        "| Overall Health            | Warning                       |\n| GPU                       |                   |\n"
+        "| -> 3                      | Warning                       |\n|    -> Errors              |                   |\n"
+        "|       -> Thermal system   | Warning                       |\n|                           | Too hot for GPU 3 |\n"
+    )
+    assert judged(tmp_path, text).verdict is Verdict.INCOMPLETE
+
+
+@given(
+    st.one_of(
+        st.text(),
+        st.lists(
+            st.sampled_from(
+                (*PEERS.splitlines(), *LINK.splitlines(), *PORT.splitlines(), *diag("PCIe", "GPU 1's").splitlines())
+            )
+        ).map("\n".join),
+    )
+)
+def test_the_readers_of_peers_links_and_tests_take_any_text(text: str) -> None:
+    for reader in (p2p_matrix, dcgm):
+        reader.read(text)
+        assert all(start < end for start, end in reader.find(text))
+    lspci.read_links(text)
+    assert all(start < end for start, end in lspci.find_links(text))

@@ -18,11 +18,16 @@ from typing import BinaryIO, TypeVar, cast
 
 import msgspec
 
-from doctor.collectors.redaction import command_line_without_secrets, environment_without_secrets
+from doctor.collectors.redaction import (
+    command_line_without_secrets,
+    environment_without_secrets,
+    snapshot_without_secrets,
+)
 from doctor.feeds import recording
 from doctor.readers import (
     collect_env,
     command_line,
+    dcgm,
     fabric_manager_log,
     kernel_log,
     lspci,
@@ -30,6 +35,7 @@ from doctor.readers import (
     nvidia_smi_list,
     nvidia_smi_q,
     nvidia_smi_table,
+    p2p_matrix,
     systemctl_status,
     topo_matrix,
     vllm_metrics,
@@ -123,12 +129,12 @@ def read(paths: Sequence[Path], *, now: float, patterns: Sequence[LogPattern] = 
         if not gathered.take(path, name):
             msg = f"{path}: nothing in it is evidence that this program reads: {READABLE}"
             raise EvidenceError(msg)
-    yield from gathered.visits()
+    yield from map(snapshot_without_secrets, gathered.visits())
 
 
 READABLE = (
     "an engine's log, its /metrics page or command line, collect-env, config.json, dmesg or the journal, nvidia-smi "
-    "(-q, topo -m, nvlink -s, -L), lspci -nn, the fabric manager's log or state"
+    "(-q, topo -m, topo -p2p r, nvlink -s, -L), lspci -nn or -vv, dcgmi diag or health, the fabric manager's log or state"
 )
 
 
@@ -276,9 +282,11 @@ _KINDS = (
         ),
         nvidia_smi_q.find,
     ),
+    _Kind("p2p", (b"GPU0",), p2p_matrix.find),
     _Kind("topo", (b"GPU0",), topo_matrix.find),
     _Kind("smi-table", (b"| NVIDIA-SMI ",), nvidia_smi_table.find),
     _Kind("smi-list", (b"(UUID: ",), nvidia_smi_list.find),
+    _Kind("lspci-links", (b"LnkSta:",), lspci.find_links),
     _Kind("lspci", (b"[10de:",), lspci.find),
     _Kind("engine-metrics", (b"# HELP ", b"# TYPE ", b"vllm:"), _pages),
     _Kind("fabricmanager-status", (b"nvidia-fabricmanager.service",), systemctl_status.find),
@@ -314,7 +322,7 @@ _KINDS = (
         ),
     ),
     _Kind("dmon", (b"# gpu ",), _matches(r"^# gpu +(?:\w+ +)+\n(?:(?:#|\s+\d)[^\n]*\n?)*")),
-    _Kind("dcgm", (b"Overall Health",), _matches(r"^\|[^\n]*Overall Health[^\n]*\n(?:[|+][^\n]*\n?)*")),
+    _Kind("dcgm", (b"| Pass", b"| Fail", b"| Warn", b"Overall Health"), dcgm.find),
     _Kind("gpud", (b"fabric state: GPU ",), _matches(r"^.*\bfabric state: GPU \S+: state=[^\n]*")),
 )
 """In the order in which they are cut out: a collect-env holds a topology."""
@@ -323,7 +331,6 @@ _UNREAD = {
     "smi-help": "nvidia-smi --help",
     "smi-csv": "nvidia-smi --query",
     "dmon": "nvidia-smi dmon",
-    "dcgm": "dcgmi health",
     "gpud": "gpud",
 }
 """Known, and of no use to any symptom yet: kind → the program."""
@@ -375,6 +382,11 @@ class _Gathered:
         self.events: list[EngineEvent] = []
         self.logs: list[LogState] = []
         self.stamps: list[float] = []
+        self.p2p: list[p2p_matrix.P2pMatrix] = []
+        self.pci_links: list[lspci.Link] = []
+        self.dcgm: list[dcgm.DcgmReport] = []
+        self.complaints: list[str] = []
+        """What speaks of a fault, and no symptom reads."""
         self.unread: list[str] = []
         self.refusals: list[str] = []
         """What nvidia-smi printed when it could not answer."""
@@ -503,6 +515,21 @@ class _Gathered:
             if matrix is None:
                 return False
             self.matrices.append(matrix)
+        elif kind == "p2p":
+            peers = p2p_matrix.read(text)
+            if peers is None:
+                return False
+            self.p2p.append(peers)
+        elif kind == "dcgm":
+            tests = dcgm.read(text)
+            self.dcgm.append(tests)
+            self.complaints += [f"{name}:{line}: DCGM says what no rule judges: {words}" for words in tests.unjudged]
+        elif kind == "lspci-links":
+            links = lspci.read_links(text)
+            if not links:
+                return False
+            self.pci_links += links
+            self.pci += [link.device for link in links if link.device is not None]
         elif kind in {"smi-q", "smi-table"}:
             report = (nvidia_smi_q if kind == "smi-q" else nvidia_smi_table).read(text)
             if not report.gpus and not known(report.stack.driver):
@@ -604,6 +631,15 @@ class _Gathered:
             for gpu in gpus:
                 known_so_far = merged.get(gpu.index)
                 merged[gpu.index] = gpu if known_so_far is None else _joined_gpu(known_so_far, gpu)
+        for tests in self.dcgm:
+            for gpu in tests.gpus:
+                merged[gpu.index] = _joined_gpu(merged[gpu.index], gpu) if gpu.index in merged else gpu
+        for index, link in enumerate(self.pci_links if not merged else ()):
+            merged[index] = link.gpu(index)
+        linked = {link.address: link.pcie for link in self.pci_links}
+        for index, gpu in merged.items():
+            if known(gpu.pci_address) and gpu.pci_address in linked:
+                merged[index] = msgspec.structs.replace(gpu, pcie=_joined(gpu.pcie, linked[gpu.pci_address]))
         for matrix in self._all_matrices():
             for index in matrix.gpus:
                 near = Gpu(uuid=f"index:{index}", index=index, numa_node=matrix.numa_node(index))
@@ -620,6 +656,10 @@ class _Gathered:
         for matrix in self._all_matrices():
             for pair in matrix.pairs(uuids):
                 pairs.setdefault((pair.first, pair.second), pair)
+        for peers in self.p2p:
+            for pair in peers.pairs(uuids):
+                both = (pair.first, pair.second)
+                pairs[both] = _joined(pairs[both], pair) if both in pairs else pair
         return tuple(pairs.values())
 
     def _stack(self) -> Stack:
@@ -688,7 +728,21 @@ class _Gathered:
             seen.add(Source.NVML)
         if any(known(value) for value in (self._stack().driver, self._stack().cuda_driver)):
             seen.add(Source.STACK)
+        if self._unjudged():  # the silence of the rules would be taken for health
+            seen.discard(Source.NVML)
         return seen
+
+    def _unjudged(self) -> str:
+        """Return what the evidence says of the GPUs and no rule can judge; empty where there is none."""
+        if self.complaints:
+            return self.complaints[0]
+        lists = (*self.listed, *(report.gpus for report in self.reports), *(e.gpus for e in self.environments))
+        named = any(known(gpu.name) for gpus in lists for gpu in gpus)
+        refused = [pair for matrix in self.p2p for pair in matrix.refused]
+        if refused and not named:
+            first, second = refused[0]
+            return f"GPU {first} and GPU {second} may not reach each other, and nothing tells which GPUs they are"
+        return ""
 
     def _unseen(self, seen: set[Source]) -> tuple[Unseen, ...]:
         unseen = [Unseen(source, self._why_unseen(source)) for source in OF_A_NODE if source not in seen]
@@ -700,8 +754,12 @@ class _Gathered:
         return tuple(unseen)
 
     def _why_unseen(self, source: Source) -> Absent:
+        if source is Source.NVML and (words := self._unjudged()):
+            return Absent(Why.FAILED, words)
         if source is Source.NVML and self.refusals:
             return Absent(Why.FAILED, self.refusals[-1])
+        if source is Source.NVML and self.unread and self.kinds <= _UNREAD.keys() | {"smi-list"}:
+            return Absent(Why.NOT_ASKED, self.unread[0])
         if source is Source.NVML and "topo" in self.kinds:
             return Absent(Why.NOT_GIVEN, "add the output of nvidia-smi -q")
         return Absent(Why.NOT_GIVEN, _REMEDIES[source])
@@ -717,6 +775,7 @@ _SOURCES = {
     "fabricmanager": Source.FABRIC_MANAGER,
     "fabricmanager-status": Source.FABRIC_MANAGER,
     "lspci": Source.HOST,
+    "lspci-links": Source.HOST,
 }
 """Kind of document → the source that it shows.
 

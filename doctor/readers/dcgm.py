@@ -1,0 +1,174 @@
+"""What `dcgmi diag` and `dcgmi health` print: the tests that failed or warned, as states of GPUs where they tell one.
+
+The sentences are those of DCGM's error table (dcgm_errors.h); they keep their words over releases, the tables don't.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import msgspec
+
+from doctor.readers.passages import passages
+from doctor.snapshot import Ecc, Gpu, NvLink, Pcie
+
+_CELLS = re.compile(r"^\s*[|]([^|]*)[|]([^|]*)[|]?\s*$")
+_RULE = re.compile(r"^\s*(?:\+[-=+]|[|+]-{5})")
+_HEALTH = re.compile(r"^\s*(?:->\s*)?(GPU|NvSwitch|CPU)?\s*(\d+)?$")
+_STATUS = re.compile(r"^\s*(Pass|Fail|Warn(?:ing)?|Failure|Skip|Healthy|Error)\b(?:\s*-\s*(.*))?", re.IGNORECASE)
+_BAD = {"fail", "warn", "warning", "failure", "error"}
+_DETAIL = {"Warning", "Error", "Info"}
+_TESTS = re.compile(
+    r"\b(?:Denylist|NVML Library|CUDA Main Library|Permissions and OS Blocks|Persistence Mode|Environment(?:al)? Variables"
+    r"|Page Retirement(?:/Row Remap)?|Graphics Processes|Inforom|PCIe|GPU Memory|Memory|Diagnostic|SM Stress|Pulse Test"
+    r"|Targeted (?:Stress|Power)|Memory Bandwidth|Memtest|EUD Test|Overall Health|\w+ system)\b"
+)
+
+_LINE_MAX = 4096
+_ROWS_MAX = 4096
+
+
+class DcgmReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the tests say."""
+
+    gpus: tuple[Gpu, ...] = ()
+    """What they tell of GPUs as a state; an all-clear tells none."""
+    unjudged: tuple[str, ...] = ()
+    """Failures and warnings that are no state of a GPU, in DCGM's words."""
+    tests: int = 0
+    """How many results it holds."""
+
+
+class _Complaint(msgspec.Struct):
+    test: str
+    gpu: str = ""
+    words: str = ""
+
+
+def find(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each table of results in *text*, also of one that lost its head."""
+    for start, end in passages(text, _belongs, _belongs):
+        if _TESTS.search(text, start, end) and read(text[start:end]).tests:
+            yield start, end
+
+
+def _belongs(line: str) -> bool:
+    return len(line) < _LINE_MAX and (_RULE.match(line) is not None or _CELLS.match(line) is not None)
+
+
+def read(text: str) -> DcgmReport:
+    """Return what the tables in *text* say; what is no part of one is passed over."""
+    complaints, tests = _complaints(text)
+    states: dict[int, Gpu] = {}
+    unjudged: list[str] = []
+    for complaint in complaints:
+        words = " ".join(complaint.words.split())
+        if not _told(states, words):
+            unjudged.append(f"{complaint.test}: {words or complaint.gpu or 'fails'}"[:300])
+    return DcgmReport(gpus=tuple(states[index] for index in sorted(states)), unjudged=tuple(unjudged), tests=tests)
+
+
+def _complaints(text: str) -> tuple[list[_Complaint], int]:
+    complaints: list[_Complaint] = []
+    current: _Complaint | None = None
+    test, tests = "", 0
+    for line in text.splitlines()[:_ROWS_MAX]:
+        cells = _CELLS.match(line[:_LINE_MAX])
+        if cells is None:
+            current = None
+            continue
+        label, value = cells[1].strip().removeprefix("->").strip(), cells[2]
+        status = _STATUS.match(value)
+        if label in _DETAIL and complaints and complaints[-1].test == test:
+            current = complaints[-1]
+            current.words += " " + _cut(value)
+        elif status and (label or not current or not current.words):
+            test, tests = label or test, tests + 1
+            current = None
+            bad = status[1].lower() in _BAD and not (label and _HEALTH.match(label)) and label != "Overall Health"
+            if bad:
+                current = _Complaint(test, gpu=" ".join(value.split()))
+                complaints.append(current)
+        elif not label and current is not None:
+            current.words += _cut(value)
+        elif label:
+            test, current = label, None
+    return complaints, tests
+
+
+def _cut(value: str) -> str:
+    """Return what a cell holds of a sentence: they are cut at its width, inside of words too, and the padding tells."""
+    return value[1:-1] if value.endswith(" ") else value[1:] + " "
+
+
+_LINK_DOWN = re.compile(r"GPU (\d{1,3})'s NvLink link (\d{1,3}) is currently down")
+_DBE = re.compile(
+    r"(?:Detected (\d{1,18}) volatile double-bit ECC|double-bit ECC error has occur+ed on).*?GPU (\d{1,3})"
+)
+_FAILED = re.compile(r"GPU (\d{1,3}) had uncorrectable memory errors and row remapping failed")
+_ROWS = re.compile(r"GPU (\d{1,3}) had uncorrectable memory errors and (\d{1,9}) rows were remapped")
+_PENDING = re.compile(
+    r"GPU (\d{1,3}) had (?:uncorrectable )?memory errors and row remapping(?:s are| is) pending"
+    r"|[Pp]ending (?:retired page has been detected in|page retirements .*on) GPU (\d{1,3})"
+)
+_OFF = re.compile(
+    r"GPU (\d{1,3})\b.{0,40}\b(?:fallen off the bus|GPU is lost)|Detected XID 79 for GPU (\d{1,3})", re.IGNORECASE
+)
+_UNPERSISTENT = re.compile(r"Persistence mode for GPU (\d{1,3}) is (?:currently )?disabled")
+_WIDTH = re.compile(
+    r"GPU (\d{1,3}) is running at PCI link width (\d{1,2})X, which is below the minimum allowed link \w+ of (\d{1,2})"
+)
+
+
+def _told(states: dict[int, Gpu], words: str) -> bool:
+    """Add what *words* say of a GPU's state, and return whether they say any."""
+    found = False
+    for match in _LINK_DOWN.finditer(words):
+        gpu = _state(states, match[1])
+        links = gpu.links if isinstance(gpu.links, tuple) else ()
+        down = NvLink(link=int(match[2]), active=False)
+        _put(states, msgspec.structs.replace(gpu, links=(*(each for each in links if each.link != down.link), down)))
+        found = True
+    for pattern, field in (
+        (_FAILED, "remap_failed"),
+        (_PENDING, "remap_pending"),
+        (_DBE, "uncorrected_volatile"),
+        (_ROWS, "rows_remapped_uncorrected"),
+    ):
+        for match in pattern.finditer(words):
+            gpu, value = _state(states, _index(pattern, match)), _count(pattern, match)
+            _put(states, msgspec.structs.replace(gpu, ecc=msgspec.structs.replace(gpu.ecc, **{field: value})))
+            found = True
+    for match in _OFF.finditer(words):
+        _put(states, msgspec.structs.replace(_state(states, match[1] or match[2]), lost=True))
+        found = True
+    for match in _UNPERSISTENT.finditer(words):
+        _put(states, msgspec.structs.replace(_state(states, match[1]), persistence_mode=False))
+        found = True
+    for match in _WIDTH.finditer(words):
+        pcie = Pcie(width=int(match[2]), width_max=int(match[3]))
+        _put(states, msgspec.structs.replace(_state(states, match[1]), pcie=pcie))
+        found = True
+    return found
+
+
+def _index(pattern: re.Pattern[str], match: re.Match[str]) -> str:
+    if pattern is _DBE:
+        return match[2]
+    return match[1] or match[2]
+
+
+def _count(pattern: re.Pattern[str], match: re.Match[str]) -> int | bool:
+    """Return the number that the sentence gives; CUDA's word for one error gives none."""
+    if pattern is _DBE:
+        return int(match[1] or 1)
+    return int(match[2]) if pattern is _ROWS else True
+
+
+def _state(states: dict[int, Gpu], index: str) -> Gpu:
+    return states.get(int(index)) or Gpu(uuid=f"index:{int(index)}", index=int(index), ecc=Ecc())
+
+
+def _put(states: dict[int, Gpu], gpu: Gpu) -> None:
+    states[gpu.index] = gpu
