@@ -7,10 +7,18 @@ from collections.abc import Iterator
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
-from doctor.snapshot import Engine, EngineEvent, NvidiaMessage, Source, known
+from doctor.snapshot import Engine, EngineEvent, Gpu, NvidiaMessage, Source, known
 from doctor.symptoms.engine_log import EngineLog, Incident, engine_logs, incidents
 from doctor.symptoms.xids import of_this_boot
-from rules.tables.stacks import CudaRelease, EngineRelease, cuda_release, engine_release, numbers
+from rules.tables.stacks import (
+    CudaRelease,
+    EngineRelease,
+    admits_python,
+    cuda_release,
+    engine_release,
+    numbers,
+    own_release,
+)
 
 WORDS = {
     "driver-mismatch": "the user-space CUDA library and the loaded kernel module do not go together (error 803): most often an "
@@ -141,7 +149,10 @@ def _by_table(history: History) -> Iterator[Finding]:
         if cuda is not None:
             yield from _driver_too_old(history, engine, cuda)
         if release is not None:
-            yield from _capability_too_low(history, engine, release)
+            yield from _wrong_capability(history, engine, release)
+        pinned = own_release(engine.stack.engine) if known(engine.stack.engine) else None
+        if pinned is not None:
+            yield from _not_as_pinned(engine, pinned)
 
 
 def _cuda(engine: Engine, release: EngineRelease | None) -> CudaRelease | None:
@@ -158,8 +169,14 @@ def _driver_too_old(history: History, engine: Engine, cuda: CudaRelease) -> Iter
         return
     if engine.environment.get("VLLM_ENABLE_CUDA_COMPATIBILITY", "0") not in ("", "0"):
         return
+    compat = engine.stack.cuda_compat
+    carries = known(compat) and numbers(compat) >= numbers(cuda.driver_min)
+    consumer = _consumer_gpus(history, engine)
+    if carries and not consumer:
+        return  # forward compatibility: whether it is found first, the engine's own error tells
+    but = f"; CUDA's compatibility library {compat} does not work on {consumer[0]}" if carries else ""
     yield Finding(
-        summary=f"Driver {driver} is older than {cuda.driver_min}, which PyTorch's CUDA {cuda.version} needs",
+        summary=f"Driver {driver} is older than {cuda.driver_min}, which PyTorch's CUDA {cuda.version} needs{but}",
         evidence=(
             Evidence(Source.STACK.value, "driver", driver),
             Evidence(
@@ -172,11 +189,48 @@ def _driver_too_old(history: History, engine: Engine, cuda: CudaRelease) -> Iter
     )
 
 
-def _capability_too_low(history: History, engine: Engine, release: EngineRelease) -> Iterator[Finding]:
+def _consumer_gpus(history: History, engine: Engine) -> list[str]:
+    """Return the names of its GPUs on which forward compatibility is not supported (NVIDIA, CUDA compatibility)."""
+    mine = engine.visible_gpus
+    gpus = [gpu for gpu in history.latest.gpus if not known(mine) or gpu.uuid in mine]
+    return [gpu.name for gpu in gpus if known(gpu.name) and " GeForce " in gpu.name]
+
+
+def _not_as_pinned(engine: Engine, release: EngineRelease) -> Iterator[Finding]:
+    """Compare PyTorch, NCCL and Python with what exactly this release was built against; builds of one's own are not asked."""
+    stack = engine.stack
+    torch = stack.torch.partition("+")[0] if known(stack.torch) else release.torch
+    wrong: list[tuple[str, str]] = []
+    if numbers(torch)[:2] != numbers(release.torch)[:2] and re.fullmatch(r"[\d.]+", torch):
+        wrong.append((f"PyTorch {torch}", f"is built against {release.torch}"))
+    if known(stack.nccl) and numbers(stack.nccl)[:2] < numbers(release.nccl)[:2]:
+        wrong.append((f"NCCL {stack.nccl}", f"comes with {release.nccl}, and an older one lacks what it calls"))
+    if known(stack.python) and not admits_python(release.python, stack.python):
+        wrong.append((f"Python {stack.python}", f"needs Python {release.python}"))
+    if wrong:
+        yield Finding(
+            summary=f"{wrong[0][0]} is installed, and vLLM {release.version} {wrong[0][1]}",
+            evidence=tuple(
+                Evidence(Source.STACK.value, f"environment of engine {engine.pid}", f"{found}; vLLM {needs}")
+                for found, needs in wrong
+            ),
+            confidence=Confidence.LOW,
+            severity=Severity.WARNING,
+            subject=Subject(engine=engine.id, pids=(engine.pid,)),
+        )
+
+
+def _wrong_capability(history: History, engine: Engine, release: EngineRelease) -> Iterator[Finding]:
     floor = numbers(release.capability_min)
+    newest = max((numbers(each) for each in release.architectures), default=(999, 0))
     for gpu in history.latest.gpus:
         ours = not known(engine.visible_gpus) or gpu.uuid in engine.visible_gpus
-        if ours and known(gpu.compute_capability) and gpu.compute_capability < floor:
+        if not ours or not known(gpu.compute_capability):
+            continue
+        if gpu.compute_capability[0] > newest[0]:
+            yield _too_new(gpu, engine, release)
+            return
+        if gpu.compute_capability < floor:
             have = ".".join(map(str, gpu.compute_capability))
             yield Finding(
                 summary=f"GPU {gpu.index} has compute capability {have}; vLLM {release.version} is built for "
@@ -188,3 +242,17 @@ def _capability_too_low(history: History, engine: Engine, release: EngineRelease
                 subject=Subject(engine=engine.id, gpus=(gpu.uuid,)),
             )
             return
+
+
+def _too_new(gpu: Gpu, engine: Engine, release: EngineRelease) -> Finding:
+    have = ".".join(map(str, gpu.compute_capability)) if known(gpu.compute_capability) else ""
+    return Finding(
+        summary=f"GPU {gpu.index} has compute capability {have}, newer than any that vLLM {release.version} is compiled for "
+        f"(up to {release.architectures[-1]})",
+        evidence=(
+            Evidence(Source.NVML.value, f"GPU {gpu.index}: compute capability", have),
+            Evidence(Source.STACK.value, f"environment of engine {engine.pid}", f"vLLM {release.version}"),
+        ),
+        confidence=Confidence.MEDIUM,
+        subject=Subject(engine=engine.id, gpus=(gpu.uuid,)),
+    )

@@ -17,6 +17,10 @@ from doctor.snapshot import Absent, Engine, EngineStack, Maybe, Source, Stack, U
 DISTRIBUTIONS = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "tensorrt_llm", "tgi": "text_generation_server"}
 """Name of each engine's distribution, by `Engine.kind`."""
 
+COMPAT_FOLDERS = ("/usr/local/cuda/compat", "/usr/local/cuda/compat/lib.real")
+"""Where the package cuda-compat puts its libcuda, and where NVIDIA's own images move it (the latter unverified)."""
+
+_LIBCUDA = re.compile(r"^libcuda\.so\.(\d{3}\.\d+(?:\.\d+)?)$")
 _DIST_INFO = re.compile(r"^(?P<name>[A-Za-z0-9_.]+)-(?P<version>[^-]+)\.dist-info$")
 _TORCH_VERSION = re.compile(r"""^__version__\s*(?::[^=]+)?=\s*['"]([^'"]+)['"]""", re.MULTILINE)
 _TORCH_CUDA = re.compile(r"""^cuda\s*(?::[^=]+)?=\s*['"]([^'"]+)['"]""", re.MULTILINE)
@@ -46,7 +50,9 @@ class Versions:
             if isinstance(found, Absent):
                 unseen.append(Unseen(self.source, found, f"environment of engine {engine.pid}"))
                 of_engines[engine.id] = {
-                    "stack": EngineStack(python=found, engine=found, torch=found, torch_cuda=found, nccl=found)
+                    "stack": EngineStack(
+                        python=found, engine=found, torch=found, torch_cuda=found, nccl=found, cuda_compat=found
+                    )
                 }
             else:
                 self._known[engine.id] = found
@@ -97,8 +103,24 @@ def _engine_stack(root: Path, engine: Engine) -> EngineStack | Absent:
     no_such = Absent(Why.NOT_PRESENT, "not among the installed distributions")
     return EngineStack(
         python=next((version for site in sites if (version := _python(site))), no_such),
+        cuda_compat=_cuda_compat(inside),
         **{name: found.get(name, no_such) for name in ("engine", "torch", "torch_cuda", "nccl")},
     )
+
+
+def _cuda_compat(inside: Path) -> Maybe[str]:
+    """Return the version of the forward-compatibility libcuda that stands where its package puts it."""
+    for name in COMPAT_FOLDERS:
+        try:
+            entries = list(files.within(inside, name).iterdir())
+        except OSError as e:
+            if isinstance(e, PermissionError):
+                return files.why_not(e, name)
+            continue
+        versions = [match[1] for entry in entries if (match := _LIBCUDA.match(entry.name))]
+        if versions:
+            return max(versions)
+    return Absent(Why.NOT_PRESENT, f"no libcuda in {COMPAT_FOLDERS[0]}")
 
 
 def _sites(root: Path, engine: Engine) -> Iterator[Path]:

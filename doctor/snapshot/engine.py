@@ -87,6 +87,8 @@ class EngineStack(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     torch_cuda: Maybe[str] = NOT_ASKED
     """`13.0`."""
     nccl: Maybe[str] = NOT_ASKED
+    cuda_compat: Maybe[str] = NOT_ASKED
+    """Driver version of the forward-compatibility libcuda in its file system; `not-present`: there is none."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

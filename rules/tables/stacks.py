@@ -12,9 +12,19 @@ class EngineRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What a release of vLLM is built with and needs, as its wheel on PyPI has it."""
 
     version: str
+    released: str
+    """Day, or month where no day is known."""
     torch: str
     cuda: str
+    """Of the PyTorch that it pins."""
+    wheel_cuda: str
+    """That its own wheel on PyPI was built with."""
+    image_cuda: str
+    """Of its container image."""
     nccl: str
+    """That its PyTorch pins."""
+    image_nccl: str = ""
+    """That its image installs instead; empty: the same."""
     driver_min: str
     capability_min: str
     architectures: tuple[str, ...] = ()
@@ -42,6 +52,7 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 _TOML = resources.files(__package__ or "rules.tables").joinpath("stack_compatibility.toml").read_bytes()
 _TABLE = msgspec.toml.decode(_TOML, type=_Table)
 
+_SPECIFIER = re.compile(r"(<|>=)(\d+)\.(\d+)")
 _NUMBERS = re.compile(r"v?(\d{1,6}(?:\.\d{1,6}){0,5})")
 
 
@@ -61,6 +72,20 @@ def engine_release(version: str) -> EngineRelease | None:
     if not rows or wanted[:2] > numbers(_TABLE.vllm[-1].version)[:2]:
         return None
     return rows[-1]
+
+
+def own_release(version: str) -> EngineRelease | None:
+    """Return the row of exactly this release; None for others, and for builds of its own (`0.22.1+local`, `…dev3`)."""
+    return next((row for row in _TABLE.vllm if row.version == version), None)
+
+
+def admits_python(specifier: str, version: str) -> bool:
+    """Whether a wheel's `Requires-Python` (`<3.13,>=3.9`) admits an interpreter; a version without numbers is admitted."""
+    there = numbers(version)[:2]
+    if len(there) < 2:
+        return True
+    bounds = [(word, (int(major), int(minor))) for word, major, minor in _SPECIFIER.findall(specifier)]
+    return all(there < bound if word == "<" else there >= bound for word, bound in bounds)
 
 
 def cuda_release(version: str) -> CudaRelease | None:
