@@ -8,6 +8,7 @@ The same collectors, files and page as `doctor.feeds.simulated` has; NVML is ask
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,8 @@ BEGINS = 1_790_000_000.0
 SAMPLED_SECONDS = 2.0
 """How long before a visit the power is sampled; the child does so all the time."""
 PATIENCE_SECONDS = 5.0
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""A drill writes some hundred small files."""
 
 
 class Clock:
@@ -106,7 +109,7 @@ def stepped(profile: str, *faults: str, seconds: Iterable[float] = (0, 15, 30)) 
             leaving.enter_context(mock.patch.object(module, "time", stand_in))
         leaving.enter_context(mock.patch.object(pynvml, "nvmlLib", nvml.Library(drill)))
         leaving.enter_context(mock.patch.dict(pynvml._nvmlGetFunctionPointer_cache, clear=True))
-        folder = Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="gpu-doctor-drill-")))
+        folder = Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="gpu-doctor-drill-", dir=IN_MEMORY)))
         world = simulated.World(drill, folder, clock.time)
         leaving.callback(world.close)
         asked = Nvml(drill, clock)

@@ -1,10 +1,11 @@
-"""Every recording against every rule: one incident gives one root cause, and nothing else is raised beside it."""
+"""Every recording, and every fault on every simulated node, against every rule: one root cause, and nothing beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import drills
 import pytest
 from test_cases import FIRES, HEALTHY, QUIET, name_of
 
@@ -13,6 +14,8 @@ from doctor.feeds import recording
 from doctor.history import History
 from doctor.report import Report, ReportedFinding
 from doctor.rule import Severity
+from doctor.simulation import faults
+from doctor.simulation.profiles import PROFILES
 from rules import RULES
 
 OTHER_ALARMS = {
@@ -102,3 +105,114 @@ def test_a_healthy_node_raises_nothing(path: Path) -> None:
 
 def test_the_table_of_other_alarms_names_cases() -> None:
     assert set(OTHER_ALARMS) <= {name_of(path) for path in QUIET}
+
+
+# Every fault on every node that can have it.
+
+FAULTS: dict[str, tuple[str, ...]] = {
+    "driver-hung": ("driver-unresponsive",),
+    "gpu-lost:gpu=0": ("gpu-lost",),
+    "nvlink-down:gpu=0,link=0": ("nvlink-degraded",),
+    "nvlinks-all-down": ("nvlink-degraded",),
+    "nvlink-errors:gpu=0,link=0": ("nvlink-errors",),
+    "permission-denied": (),
+    "symbol-missing:name=nvmlDeviceGetMarginTemperature": (),
+    "driver-old": (),
+    "pcie-width:gpu=0": ("pcie-link-degraded",),
+    "pcie-generation:gpu=0": ("pcie-link-degraded",),
+    "p2p-blocked": ("p2p-blocked",),
+    "mig-enabled:gpu=0": ("mig-misconfigured",),
+    "mig-pending:gpu=0": ("mig-misconfigured",),
+    "overheating": ("cooling-insufficient",),
+    "power-transient": ("power-transient",),
+    "power-brake": ("power-brake",),
+    "power-cap": (),
+    "ecc-uncorrected:gpu=0": ("gpu-memory-faulty",),
+    "remap-pending:gpu=0": ("gpu-memory-faulty",),
+    "fabric-incomplete": ("nvswitch-fabric-fault",),
+    "fabric-unhealthy:gpu=0": ("nvswitch-fabric-fault",),
+    "recovery-action:gpu=0": ("recovery-pending",),
+    "nvml-garbage-serial": (),
+    "gpu-idle:gpu=0": (),
+    "foreign-process:gpu=0": (),
+    "nccl-timeout:rank=0": ("nccl-timeout",),
+    "engine-stalled": ("engine-stalled",),
+    "rank-stopped:rank=0": ("engine-stalled",),
+    "rank-blocked:rank=0": ("engine-stalled",),
+    "engine-core-busy": (),
+    "kernel-hung:gpu=0": ("engine-stalled",),
+    "engine-crashed": ("engine-crashed",),
+    "application-fault:gpu=0": ("application-fault",),
+    "gpu-memory-fault:gpu=0": ("gpu-memory-faulty",),
+    "gpu-memory-held:gpu=0": ("gpu-memory-held",),
+    "out-of-memory-at-startup": ("out-of-memory-at-startup",),
+    "driver-too-old": ("stack-mismatch",),
+    "driver-library-mismatch": ("stack-mismatch",),
+    "fp8-not-engaged": ("fp8-not-engaged",),
+    "single-stream": ("tp-single-stream-stall",),
+    "idle": (),
+    "no-engine": (),
+    "pcie-fallback": ("nvlink-degraded",),
+    "fabric-manager-dead": ("nvswitch-fabric-fault",),
+    "fabric-manager-dead-at-start": ("nvswitch-fabric-fault",),
+    "fabric-manager-version": ("nvswitch-fabric-fault",),
+    "oom-kill": ("worker-killed",),
+    "xid:code=94,gpu=0": ("gpu-memory-faulty",),
+    "sxid:code=20034": ("nvswitch-fabric-fault",),
+    "kernel-log-denied": (),
+    "engine-log-missing": (),
+    "metrics-down": (),
+}
+"""Fault → its failure mode: the one root cause above notice of a node that has it, within a quarter of a minute.
+
+None: it is a notice (`power-cap`, `foreign-process`), shows after a minute or more (`engine-core-busy`, `gpu-idle`), is
+no fault, or leaves the node half unseen.
+"""
+
+WITHOUT_LINKS = {"h100-pcie-4", "h100-nvl-4", "l40s-4", "rtx4090-4"}
+QUIET_ON: dict[str, set[str]] = {
+    "nvlink-down:gpu=0,link=0": {"h100-nvl-4"},  # of a bridged pair nobody knows how many links it should have
+    "nvlinks-all-down": WITHOUT_LINKS,  # nor whether it should be bridged
+    "p2p-blocked": WITHOUT_LINKS,  # it was PCIe before: advice
+    "pcie-fallback": WITHOUT_LINKS,
+    "power-transient": {"h100-nvl-4"},  # two of four GPUs: the node stays below its limits
+    "ecc-uncorrected:gpu=0": {"rtx4090-4"},  # no ECC
+    "remap-pending:gpu=0": {"rtx4090-4"},
+    "fp8-not-engaged": {
+        "hgx-a100-8",
+        "l40s-4",
+        "rtx4090-4",
+    },  # no FP8 cores (A100), or weight-only is the engine's choice: a notice
+    "single-stream": WITHOUT_LINKS,  # advice, or TP=2, which is right
+}
+"""Fault → the nodes on which it is no alarm, and why."""
+
+
+def can_have(profile: str, fault: str) -> bool:
+    try:
+        faults.parse(fault, PROFILES[profile])
+    except faults.FaultError:
+        return False
+    return True
+
+
+NODES = [(profile, fault) for fault in FAULTS for profile in PROFILES if can_have(profile, fault)]
+
+
+@pytest.mark.parametrize(("profile", "fault"), NODES)
+def test_a_fault_raises_its_failure_mode_and_nothing_that_does_not_follow_from_it(profile: str, fault: str) -> None:
+    report = judge(History(drills.visits(profile, fault, seconds=(0, 15)), keep=3600), RULES)
+    expected = () if profile in QUIET_ON.get(fault, ()) else FAULTS[fault]
+    assert tuple(alarms(report)) == expected
+
+
+def test_every_fault_that_can_be_simulated_is_in_the_matrix() -> None:
+    assert {fault.partition(":")[0] for fault in FAULTS} == set(faults.KINDS)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("fault", [(), ("idle",), ("no-engine",)], ids=["loaded", "idle", "no-engine"])
+def test_a_healthy_simulated_node_raises_nothing(profile: str, fault: tuple[str, ...]) -> None:
+    report = judge(History(drills.visits(profile, *fault, seconds=range(0, 361, 30)), keep=3600), RULES)
+    assert alarms(report) == []
+    assert report.verdict.exit_code == 0

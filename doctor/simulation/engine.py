@@ -212,7 +212,7 @@ class MetricsServer:
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.05,), name="simulated-metrics", daemon=True
+            target=self._server.serve_forever, args=(0.01,), name="simulated-metrics", daemon=True
         )
         self._thread.start()
 
