@@ -126,7 +126,14 @@ with_state = [
         "and /var/lib/gpu-doctor for reading.",
     )
 ]
-with_site = [click.option("--config", type=FILE, metavar="FILE", help="The site's configuration, TOML.")]
+with_site = [
+    click.option(
+        "--config",
+        type=FILE,
+        metavar="FILE",
+        help="The site's configuration, TOML; default: /etc/gpu-doctor/config.toml, where it exists.",
+    )
+]
 with_verdict = [
     *with_site,
     click.option(
@@ -327,7 +334,7 @@ def daemon(
     from doctor.door.address import address
 
     site, at = _site(config), address(listen)
-    recorder = _flight_recorder(state_dir or _service_folder())
+    recorder = _flight_recorder(state_dir or _service_folder(), site)
     daemon.run(
         _visits(site, simulate, faults, root, interval=interval, positions=recorder.positions if recorder else ()),
         _rules(site),
@@ -362,12 +369,13 @@ def history(*, since: str, form: str, state_dir: Path | None) -> None:
 
 @cli.command()
 @click.argument("failure_mode", metavar="ID")
-def explain(failure_mode: str) -> None:
+@options(with_site)
+def explain(failure_mode: str, config: Path | None) -> None:
     """Show the runbook of a failure mode, or what is known of a code of the kernel log: `xid-79`, `sxid-20034`."""
     from exporters import codes, runbook
-    from rules import RULES
 
-    rule = next((rule for rule in RULES if rule.id == failure_mode), None)
+    rules = _rules(_site(config))
+    rule = next((rule for rule in rules if rule.id == failure_mode), None)
     if rule is None:
         code = codes.code_screen(failure_mode, _terminal())
         if code is not None:
@@ -375,7 +383,7 @@ def explain(failure_mode: str) -> None:
             return
         import difflib
 
-        near = difflib.get_close_matches(failure_mode, [rule.id for rule in RULES], n=1)
+        near = difflib.get_close_matches(failure_mode, [rule.id for rule in rules], n=1)
         hint = f"; did you mean {near[0]}?" if near else "; `gpu-doctor rules` lists them"
         refuse(f"{failure_mode!r} is no failure mode{hint}")
     _say(runbook.render(rule.id, rule.runbook, _terminal()))
@@ -405,6 +413,25 @@ def rules(*, simulate: str | None, faults: tuple[str, ...], root: Path, config: 
     _say(catalogue.rules_screen(_rules(site), report, _terminal()))
 
 
+@cli.command("config")
+@click.argument("file", required=False, type=FILE, metavar="[FILE]")
+@click.pass_context
+def configuration(ctx: click.Context, file: Path | None) -> None:
+    """Check a configuration and the site's own rules, and say what they come to.
+
+    Without FILE: the one that every command reads by itself, /etc/gpu-doctor/config.toml.
+    """
+    import time
+
+    from doctor.drop_ins import is_refused
+    from exporters import catalogue
+
+    site = _site(file)
+    rules = _rules(site)
+    _say(catalogue.site_screen(site, rules, time.time(), _terminal()))
+    ctx.exit(COULD_NOT_RUN if any(is_refused(rule) and rule.enabled for rule in rules) else 0)
+
+
 @cli.command()
 def schema() -> None:
     """Print the JSON Schema of `--format json`."""
@@ -416,14 +443,22 @@ def schema() -> None:
 def _site(path: Path | None) -> Site:
     from doctor import config
 
-    return config.Site() if path is None else config.read(path)
+    if path is not None:
+        return config.read(path)
+    if os.access(config.FILE, os.R_OK):
+        if sys.stderr.isatty():
+            click.echo(f"gpu-doctor: configured by {config.FILE}", err=True)
+        return config.read(config.FILE)
+    if os.path.lexists(config.FILE):
+        click.echo(f"gpu-doctor: {config.FILE} may not be read by this user: judged without it", err=True)
+    return config.Site()
 
 
 def _rules(site: Site) -> tuple[AnyRule, ...]:
     from doctor import config
     from rules import RULES
 
-    return config.lay_over(RULES, site)
+    return config.rules_of(RULES, site)
 
 
 def _optional(site: Site, names: tuple[str, ...]) -> frozenset[Source]:
@@ -450,12 +485,14 @@ def _visits(
     if simulate is not None:
         from doctor.feeds import simulated
 
-        return _closable(simulated.node(simulate, faults, every=interval, times=times))
+        return _closable(simulated.node(simulate, faults, every=interval, times=times, patterns=site.log_patterns))
     if faults:
         raise click.UsageError("--fault is of a simulated node: it needs --simulate PROFILE")
     from doctor.feeds import live
 
-    collectors = live.collectors(root, logs=site.engine.logs, metrics=site.engine.metrics, positions=positions)
+    collectors = live.collectors(
+        root, logs=site.engine.logs, metrics=site.engine.metrics, patterns=site.log_patterns, positions=positions
+    )
     return _closable(live.every(interval, collectors, times))
 
 
@@ -472,13 +509,14 @@ def _replayed(path: Path) -> Iterator[Snapshot]:
     return recording.read(path)
 
 
-def _flight_recorder(directory: Path | None) -> FlightRecorder | None:
+def _flight_recorder(directory: Path | None, site: Site) -> FlightRecorder | None:
     if directory is None:
         return None
     from doctor.recorder.flight import FlightRecorder
     from doctor.recorder.folder import Bounds
 
-    return FlightRecorder(directory, Bounds(), keep_seconds=KEEP_SECONDS)
+    bounds = Bounds(max_bytes=site.recorder.max_bytes, max_age_seconds=site.recorder.max_age_days * 86400.0)
+    return FlightRecorder(directory, bounds, keep_seconds=KEEP_SECONDS)
 
 
 def _report_of(at: str, window: str, directory: Path, site: Site) -> Report:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -34,12 +34,22 @@ class EngineSite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """URLs of engines' metrics pages."""
 
 
+class RecorderSite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[recorder]`: how much of the past the daemon's flight recorder keeps."""
+
+    max_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 512 << 20
+    """guess: ten days of an 8-GPU node at 10 s (benchmarks/recorder.py)."""
+    max_age_days: Annotated[float, msgspec.Meta(gt=0)] = 14.0
+    """guess: an incident is looked into within two weeks."""
+
+
 class Sections(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a configuration file may hold."""
 
     optional: tuple[Source, ...] = ()
     """Essential sources that this site can do without: unseen, they don't make a report incomplete."""
     engine: EngineSite = EngineSite()
+    recorder: RecorderSite = RecorderSite()
     rules: dict[str, dict[str, Any]] = {}
     """`[rules.<id>]`: `enabled`, `severity`, and the names of the rule's limits."""
     silence: tuple[Silence, ...] = ()

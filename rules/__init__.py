@@ -46,6 +46,7 @@ from rules import (
     prefix_cache_cold,
     quantization_mismatch,
     queue_capped,
+    recorder_failing,
     recovery_pending,
     runtime_outdated,
     shared_memory_too_small,
@@ -121,5 +122,6 @@ RULES: tuple[AnyRule, ...] = (
     engine_cpu_starved.RULE,
     engine_crashed.RULE,
     launch_refused.RULE,
+    recorder_failing.RULE,
 )
 """Every rule, explicit, one line a rule; `gpu-doctor rules` lists them in this order."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import nodes
 
 from doctor.feeds import recording, simulated
-from doctor.snapshot import Absent, Engine, GpuProcess, Rank, Snapshot, Why
+from doctor.snapshot import Absent, Engine, GpuProcess, Rank, Recorder, Snapshot, Why
 
 HERE = Path(__file__).parent
 PROGRAM = "gpu-doctor tests"
@@ -255,6 +256,21 @@ def asleep(snapshot: Snapshot) -> Snapshot:
     return nodes.with_gpu(snapshot, range(8), persistence_mode=False)
 
 
+def recorded(**state: Any) -> Callable[[], Iterable[Snapshot]]:
+    """Return the visits of a healthy node whose daemon's flight recorder is in this state at the last one."""
+    directory = "/var/lib/gpu-doctor"
+
+    def visits() -> Iterable[Snapshot]:
+        *before, last = nodes.each(
+            nodes.healthy("hgx-h100-4"), lambda s: nodes.put(s, recorder=Recorder(directory=directory))
+        )
+        since = state.get("failing_since")
+        told = {**state, "failing_since": last.at + since} if since is not None else state
+        return (*before, nodes.put(last, recorder=Recorder(directory=directory, **told)))
+
+    return visits
+
+
 BUILT: dict[str, dict[str, Callable[[], Iterable[Snapshot]]]] = {
     "pcie-fallback": {"fires-dead-links": lambda: nodes.each(nodes.healthy("hgx-h100-4"), dead_links)},
     "mig-misconfigured": {
@@ -288,6 +304,15 @@ BUILT: dict[str, dict[str, Callable[[], Iterable[Snapshot]]]] = {
         "fires-one-other": lambda: nodes.each(nodes.healthy("hgx-h100-4"), other_card),
         "quiet-not-in-the-group": lambda: nodes.each(nodes.healthy("hgx-h100-4", tp=2), other_card),
         "quiet-all-alike": lambda: nodes.healthy("hgx-h100-4"),
+    },
+    "recorder-failing": {
+        "fires-disk-full": recorded(failing_since=-300.0, failure="No space left on device", waiting=20),
+        "fires-disk-hung": recorded(
+            failing_since=-8000.0, failure="a write has not returned for 7990 s", waiting=512, lost=21
+        ),
+        "quiet-it-writes-again": recorded(lost=21),
+        "quiet-damage-of-long-ago": recorded(damaged=3),
+        "quiet-none-asked-for": lambda: nodes.healthy("hgx-h100-4"),
     },
     "persistence-mode-off": {
         "fires-nobody-there": lambda: nodes.each(

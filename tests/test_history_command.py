@@ -26,6 +26,7 @@ from doctor.snapshot import Snapshot
 from exporters import json as json_report
 from rules import RULES
 
+BOUNDS = Bounds(max_bytes=64 << 20, max_age_seconds=7 * 86400.0)
 EVERY = 10.0
 
 
@@ -47,7 +48,7 @@ def judged(visits: Sequence[Snapshot], past: Sequence[Snapshot] = ()) -> list[Re
 
 
 def recorded(directory: Path, reports: Sequence[Report]) -> None:
-    shelf = Shelf(directory, Bounds())
+    shelf = Shelf(directory, BOUNDS)
     last = Folder(directory).tail(0)[0] if directory.exists() else 0
     for number, report in enumerate(reports, last + 1):
         entry = Entry(snapshot=report.snapshot, findings=report.findings)
@@ -79,7 +80,7 @@ def test_reports_after_a_restart_are_those_without_one_to_the_byte(tmp_path: Pat
     visits = day(now)
     whole = judged(visits)
     recorded(tmp_path, whole[:25])
-    recorder = FlightRecorder(tmp_path, Bounds(), keep_seconds=KEEP_SECONDS)
+    recorder = FlightRecorder(tmp_path, BOUNDS, keep_seconds=KEEP_SECONDS)
     recorder.close()
     resumed = judged(visits[25:], [entry.snapshot for entry in recorder.past])
     assert [json_report.render(r) for r in resumed] == [json_report.render(r) for r in whole[25:]]
@@ -104,7 +105,7 @@ def test_gaps_are_told_with_their_reason(tmp_path: Path, now: float) -> None:
     reports = judged(day(now))
     recorded(tmp_path, reports[:10])
     recorded(tmp_path, reports[20:30])
-    shelf = Shelf(tmp_path, Bounds())
+    shelf = Shelf(tmp_path, BOUNDS)
     for number, report in enumerate(reports[30:40], 23):
         shelf.write(Entry(snapshot=report.snapshot, findings=report.findings), number)
     shelf.close()

@@ -28,6 +28,7 @@ from doctor.report import ReportedFinding
 from doctor.rule import Finding, Severity
 from doctor.snapshot import Snapshot, Why
 
+BOUNDS = Bounds(max_bytes=64 << 20, max_age_seconds=7 * 86400.0)
 VISITS = nodes.healthy("hgx-h100-8", visits=8, every=10.0)
 SMALL = nodes.healthy("h100-pcie-4", visits=130, every=10.0)
 
@@ -37,7 +38,7 @@ def entries(visits: Sequence[Snapshot]) -> list[Entry]:
 
 
 def written(directory: Path, visits: Sequence[Snapshot], bounds: Bounds | None = None) -> Path:
-    shelf = Shelf(directory, bounds or Bounds())
+    shelf = Shelf(directory, bounds or BOUNDS)
     last, _ = Folder(directory).tail(0) if directory.exists() else (0, ())
     for number, entry in enumerate(entries(visits), last + 1):
         shelf.write(entry, number, is_start=number == last + 1)
@@ -104,12 +105,12 @@ def test_nobody_but_the_owner_may_read_it(tmp_path: Path) -> None:
 
 
 def test_two_daemons_do_not_share_a_folder(tmp_path: Path) -> None:
-    one = Shelf(tmp_path, Bounds())
+    one = Shelf(tmp_path, BOUNDS)
     one.take()
     with pytest.raises(RecorderError, match="another gpu-doctor daemon records here"):
-        Shelf(tmp_path, Bounds()).take()
+        Shelf(tmp_path, BOUNDS).take()
     one.close()
-    other = Shelf(tmp_path, Bounds())
+    other = Shelf(tmp_path, BOUNDS)
     other.take()
     other.close()
 
@@ -118,7 +119,7 @@ def test_findings_are_told_when_they_change_and_with_every_whole_visit(tmp_path:
     lost = ReportedFinding(
         finding=Finding(summary="GPU 3 is gone.", evidence=(), failure_mode="gpu-lost", severity=Severity.CRITICAL)
     )
-    shelf = Shelf(tmp_path, Bounds())
+    shelf = Shelf(tmp_path, BOUNDS)
     for number, visit in enumerate(SMALL, 1):
         shelf.write(Entry(snapshot=visit, findings=(lost,) if number >= 10 else ()), number)
     shelf.close()
@@ -130,8 +131,8 @@ WRITER = """
 import os
 import sys
 from pathlib import Path
-from test_recorder import SMALL, entries
-from doctor.recorder.folder import Bounds, Folder, Shelf
+from test_recorder import BOUNDS, SMALL, entries
+from doctor.recorder.folder import Folder, Shelf
 
 for _ in range(100):
     if child := os.fork():
@@ -139,7 +140,7 @@ for _ in range(100):
         print("dead", flush=True)
         continue
     print("pid", os.getpid(), flush=True)
-    shelf = Shelf(Path(sys.argv[1]), Bounds())
+    shelf = Shelf(Path(sys.argv[1]), BOUNDS)
     shelf.take()
     first = Folder(shelf.directory).tail(0)[0] + 1
     for number, entry in enumerate(entries(SMALL), first):
@@ -237,7 +238,7 @@ def test_a_folder_that_is_not_there_is_said_so(tmp_path: Path) -> None:
 
 
 def test_the_folder_stays_within_its_bytes_and_the_newest_stays(tmp_path: Path) -> None:
-    bounds = Bounds(max_bytes=1 << 20)
+    bounds = Bounds(max_bytes=1 << 20, max_age_seconds=86400.0)
     for _ in range(6):
         written(tmp_path, VISITS * 12, bounds)
     assert sum(path.stat().st_size for path in Folder(tmp_path).segments()) <= bounds.max_bytes
@@ -259,7 +260,7 @@ def test_visits_come_in_the_order_in_which_they_were_made_whatever_the_clock_did
 
 
 def test_visits_are_read_while_they_are_written(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, Bounds())
+    shelf = Shelf(tmp_path, BOUNDS)
     for number, entry in enumerate(entries(SMALL[:5]), 1):
         shelf.write(entry, number)
         assert len(snapshots(tmp_path)) == number
@@ -293,7 +294,7 @@ def test_a_full_disk_is_told_and_loses_nothing_once_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = FullDisk(monkeypatch)
-    recorder = FlightRecorder(tmp_path, Bounds(), keep_seconds=3600.0)
+    recorder = FlightRecorder(tmp_path, BOUNDS, keep_seconds=3600.0)
     made = entries(SMALL[:6])
     recorder.keep(made[0])
     assert in_time(lambda: len(snapshots(tmp_path)) == 1)
@@ -317,10 +318,10 @@ def test_a_file_that_may_not_grow_leaves_no_torn_record_behind(tmp_path: Path) -
     code = """
 import resource, sys
 from pathlib import Path
-from test_recorder import SMALL, entries
-from doctor.recorder.folder import Bounds, Shelf
+from test_recorder import BOUNDS, SMALL, entries
+from doctor.recorder.folder import Shelf
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-shelf = Shelf(Path(sys.argv[1]), Bounds())
+shelf = Shelf(Path(sys.argv[1]), BOUNDS)
 refused = 0
 for number, entry in enumerate(entries(SMALL), 1):
     try:
@@ -343,7 +344,7 @@ print(refused)
 
 def test_a_folder_that_can_not_be_made_is_told_and_the_daemon_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    recorder = FlightRecorder(tmp_path / "file" / "state", Bounds(), keep_seconds=3600.0)
+    recorder = FlightRecorder(tmp_path / "file" / "state", BOUNDS, keep_seconds=3600.0)
     recorder.keep(entries(SMALL[:1])[0])
     assert in_time(lambda: recorder.state().failing_since == SMALL[0].at)
     assert recorder.state().failure == "Not a directory"
@@ -353,7 +354,7 @@ def test_a_folder_that_can_not_be_made_is_told_and_the_daemon_goes_on(tmp_path: 
 def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
     import shutil
 
-    shelf = Shelf(tmp_path / "state", Bounds())
+    shelf = Shelf(tmp_path / "state", BOUNDS)
     made = entries(SMALL[:4])
     shelf.write(made[0], 1)
     shutil.rmtree(tmp_path / "state")
@@ -363,11 +364,11 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_restarted_recorder_brings_back_the_last_hour(tmp_path: Path) -> None:
-    one = FlightRecorder(tmp_path, Bounds(), keep_seconds=3600.0)
+    one = FlightRecorder(tmp_path, BOUNDS, keep_seconds=3600.0)
     for entry in entries(SMALL[:20]):
         one.keep(entry)
     one.close()
-    other = FlightRecorder(tmp_path, Bounds(), keep_seconds=3600.0)
+    other = FlightRecorder(tmp_path, BOUNDS, keep_seconds=3600.0)
     assert [entry.snapshot for entry in other.past] == list(SMALL[:20])
     other.keep(entries(SMALL[20:21])[0])
     other.close()

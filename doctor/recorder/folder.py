@@ -36,10 +36,8 @@ class RecorderError(Exception):
 class Bounds(msgspec.Struct, frozen=True):
     """How much of the past is kept."""
 
-    max_bytes: int = 512 << 20
-    """guess: ten days of an 8-GPU node at 10 s (48 MB a day, benchmarks/recorder.py)."""
-    max_age_seconds: float = 14 * 86400.0
-    """guess: an incident is looked into within two weeks."""
+    max_bytes: int
+    max_age_seconds: float
 
 
 class Unread(msgspec.Struct, frozen=True):
