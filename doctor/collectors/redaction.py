@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from operator import is_
+from typing import TypeVar, cast
+
+import msgspec
+
+from doctor.snapshot import Snapshot
 
 REPLACEMENT = "***"
 
@@ -20,12 +27,15 @@ _WORD = re.compile(r"[a-z0-9]+|[A-Z]+(?![a-z])|[A-Z][a-z0-9]*")
 
 _SECRET_IN_TEXT = re.compile(
     r"""(?ix)
-    (?P<name> (?: (?<=[_"'-]) (?:token|key) | \btoken(?==) | secret | passw(?:or)?d | passphrase | apikey | credentials? | authorization )
-              ["']? \s* [:=] \s* )
-    (?P<value> \[ [^\]]* \]? | "[^"]*"? | '[^']*'? | (?!none\b|null\b|true\b|false\b) [^\s,;}})\]]+ )
+    (?P<name> (?: (?<=[_"'-]) (?:token|key) | \btoken(?==) | secret | passw(?:or)?d | passphrase | apikey | credentials?
+                | authorization | [?&-](?:sig|signature) )
+              ["']? \s* [:=] \s*
+            | --(?:[a-z]+[-_])*(?:token|key|secret|password|passphrase) \s+ (?!-) )
+    (?P<value> \[ [^\]]* \]? | "[^"]*"? | '[^']*'? | (?:basic|bearer|digest)\s+\S+
+             | (?!none\b|null\b|true\b|false\b) [^\s,;}})\]]+ )
     """
 )
-"""`'api_key': ['…']`, `"secret": "…"`, `HF_TOKEN=…`, `password: …`."""
+"""`'api_key': ['…']`, `"secret": "…"`, `HF_TOKEN=…`, `password: …`, `--api-key …`, `Authorization: Basic …`, `&sig=…`."""
 
 _SECRET_LOOKS = re.compile(
     r"""(?x)
@@ -36,7 +46,7 @@ _SECRET_LOOKS = re.compile(
     | \bglpat-[A-Za-z0-9_-]{16,}                  # GitLab
     | \beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?   # a JSON web token
     | (?i:\bbearer\s+)[A-Za-z0-9._~+/=-]{8,}
-    | (?<=://)[^\s/@:]*:[^\s/@]+(?=@)             # user:password of a URL
+    | (?<=://)[^\s/@]+(?=@)                       # user:password of a URL, or a token in its place
     """
 )
 
@@ -49,7 +59,7 @@ def names_secret(name: str) -> bool:
 
 def text_without_secrets(text: str) -> str:
     """Return *text* with everything replaced that is named or looks like a secret."""
-    return _SECRET_LOOKS.sub(REPLACEMENT, _SECRET_IN_TEXT.sub(lambda m: m["name"] + REPLACEMENT, text))
+    return _SECRET_IN_TEXT.sub(lambda m: m["name"] + REPLACEMENT, _SECRET_LOOKS.sub(REPLACEMENT, text))
 
 
 def environment_without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
@@ -74,3 +84,45 @@ def command_line_without_secrets(arguments: Iterable[str]) -> tuple[str, ...]:
         else:
             shown.append(REPLACEMENT if secret else text_without_secrets(argument))
     return tuple(shown)
+
+
+def snapshot_without_secrets(snapshot: Snapshot) -> Snapshot:
+    """Return a snapshot in which no text that came from outside holds a secret: where a snapshot is made, it is clean.
+
+    Collectors take out what only they can know to be secret, by its place: a flag's value, a variable. This takes out
+    what is named or looks like one wherever else it stands: a model's address, a line that a rule will quote, a reason.
+    """
+    return msgspec.structs.replace(snapshot, **{name: _clean(getattr(snapshot, name)) for name in _TEXTS})
+
+
+_TEXTS = ("unseen", "kernel", "engines", "engine_events", "logs", "metrics", "fabric_manager")
+"""The fields of a snapshot that hold text from outside; what else there is are the driver's own numbers and names."""
+
+T = TypeVar("T")
+
+
+def _clean(value: T) -> T:
+    """Return a value with every text in it cleaned; the same object where there is nothing to clean."""
+    if isinstance(value, str):
+        text = _clean_text(value)
+        return value if text == value else cast("T", text)
+    if isinstance(value, tuple):
+        items = cast("tuple[object, ...]", value)
+        cleaned = tuple(map(_clean, items))
+        return cast("T", items if all(map(is_, items, cleaned)) else cleaned)
+    if isinstance(value, dict):
+        pairs = cast("dict[object, object]", value)
+        return cast("T", {key: _clean(each) for key, each in pairs.items()})
+    if isinstance(value, msgspec.Struct):
+        changed: dict[str, object] = {}
+        for name in value.__struct_fields__:
+            before: object = getattr(value, name)
+            after = _clean(before)
+            if after is not before:
+                changed[name] = after
+        return msgspec.structs.replace(value, **changed) if changed else value
+    return value
+
+
+_clean_text = lru_cache(maxsize=4096)(text_without_secrets)
+"""Remembered: visits repeat most of what they say."""

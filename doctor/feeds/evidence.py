@@ -18,7 +18,11 @@ from typing import BinaryIO, TypeVar, cast
 
 import msgspec
 
-from doctor.collectors.redaction import command_line_without_secrets, environment_without_secrets
+from doctor.collectors.redaction import (
+    command_line_without_secrets,
+    environment_without_secrets,
+    snapshot_without_secrets,
+)
 from doctor.feeds import recording
 from doctor.readers import (
     collect_env,
@@ -125,7 +129,7 @@ def read(paths: Sequence[Path], *, now: float, patterns: Sequence[LogPattern] = 
         if not gathered.take(path, name):
             msg = f"{path}: nothing in it is evidence that this program reads: {READABLE}"
             raise EvidenceError(msg)
-    yield from gathered.visits()
+    yield from map(snapshot_without_secrets, gathered.visits())
 
 
 READABLE = (

@@ -22,6 +22,7 @@ from doctor.collectors.model import ServedModels
 from doctor.collectors.nvml import NvmlCollector
 from doctor.collectors.placement import identified, placed
 from doctor.collectors.processes import Processes
+from doctor.collectors.redaction import snapshot_without_secrets
 from doctor.collectors.stack import Versions
 from doctor.readers.patterns import LogPattern
 from doctor.snapshot import Absent, CollectorRun, Engine, Node, Position, Snapshot, Source, Unseen, Why
@@ -205,7 +206,8 @@ def _merged(at: float, node: Node, answers: Sequence[tuple[Source, _Answer]]) ->
     fields["engines"] = tuple(
         msgspec.structs.replace(engine, **of_engines.get(engine.id, {})) for engine in fields.get("engines", ())
     )
-    return placed(identified(Snapshot(at=at, seen=tuple(seen), unseen=tuple(unseen), collectors=tuple(runs), **fields)))
+    snapshot = Snapshot(at=at, seen=tuple(seen), unseen=tuple(unseen), collectors=tuple(runs), **fields)
+    return snapshot_without_secrets(placed(identified(snapshot)))
 
 
 def _joined(one: Any, other: Any) -> Any:
