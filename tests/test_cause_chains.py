@@ -252,13 +252,13 @@ PASTED = {
 """Chain → the roots by the kernel's log alone, by the engine's log alone, and by both."""
 
 
-def pasted(name: str, folder: Path) -> tuple[Path, Path]:
+def pasted(name: str, folder: Path, begins: float = drills.BEGINS) -> tuple[Path, Path]:
     """Write what `dmesg -T` and the engine's log hold at the end of the drill; return both files."""
     seconds, profile, faults = CHAINS[name]
-    drill = msgspec.structs.replace(simulated.drill_of(profile, faults), started_at=drills.BEGINS)
+    drill = msgspec.structs.replace(simulated.drill_of(profile, faults), started_at=begins)
 
     def stamped(second: float) -> str:
-        at = datetime.datetime.fromtimestamp(drills.BEGINS + max(second, -UPTIME_SECONDS), datetime.timezone.utc)
+        at = datetime.datetime.fromtimestamp(begins + max(second, -UPTIME_SECONDS), datetime.timezone.utc)
         return f"[{at:%a %b %d %H:%M:%S %Y}]"
 
     dmesg, log = folder / "dmesg.txt", folder / "serve.log"

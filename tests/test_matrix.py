@@ -182,7 +182,7 @@ QUIET_ON: dict[str, set[str]] = {
         "hgx-a100-8",
         "l40s-4",
         "rtx4090-4",
-    },  # no FP8 cores (A100), or weight-only is the engine's choice: a notice
+    },  # weight-only is the best that they can do, or that this engine has for them: a notice
     "single-stream": WITHOUT_LINKS,  # advice, or TP=2, which is right
 }
 """Fault → the nodes on which it is no alarm, and why."""

@@ -1,17 +1,22 @@
-"""What must not matter to triage: the order of files, a shift of all stamps, unrelated lines, a paste that is doubled."""
+"""What must not matter to triage: order of files, cuts, shifted stamps, noise, repetition, line ends, what stands before."""
 
 from __future__ import annotations
 
+import json
 import re
-from itertools import permutations
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise, permutations
 from pathlib import Path
 
+import drills
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_cause_chains import PASTED, pasted
 
 from doctor.diagnose import watch
 from doctor.feeds import evidence
+from doctor.readers import kernel_log, vllm_log
 from rules import RULES
 
 NOW = 1795270000.0
@@ -52,6 +57,17 @@ DMESG = (
     "[    0.000000] Linux version 6.8.0\n"
     "[Sat Nov 21 07:41:01 2026] NVRM: Xid (PCI:0000:3b:00): 79, pid=73, name=VLLM::Worker_TP, GPU has fallen off the bus.\n"
 )
+MISMATCH = (
+    "[Sat Nov 21 07:41:05 2026] NVRM: API mismatch: the client has the version 595.71.05, but\n"
+    "[Sat Nov 21 07:41:05 2026] NVRM: this kernel module has the version 590.48.01.  Please\n"
+    "[Sat Nov 21 07:41:05 2026] NVRM: make sure that this kernel module and all NVIDIA driver components have the same version.\n"
+)
+KILL = (
+    "[Sat Nov 21 07:41:06 2026] oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,oom_memcg=/vllm,"
+    "task_memcg=/vllm,task=VLLM::Worker_TP,pid=73,uid=0\n"
+    "[Sat Nov 21 07:41:06 2026] Memory cgroup out of memory: Killed process 73 (VLLM::Worker_TP) total-vm:9kB, anon-rss:6kB, "
+    "file-rss:2kB, shmem-rss:1kB, UID:0 pgtables:13kB oom_score_adj:0\n"
+)
 COLLECT_ENV = (
     "Collecting environment information...\nPyTorch version: 2.8.0+cu128\nNvidia driver version: 580.65.06\n"
     "GPU models and configuration:\nGPU 0: NVIDIA H100 80GB HBM3\nGPU 1: NVIDIA H100 80GB HBM3\n\nvLLM Version: 0.11.0\n"
@@ -63,6 +79,15 @@ NOISE = (
     "level=info msg=heartbeat component=sidecar",
     "2026-11-21T07:30:00Z proxy: upstream ok",
     "",
+    '(APIServer pid=70) INFO:     10.0.0.9:41000 - "GET /health HTTP/1.1" 200 OK',
+    '(APIServer pid=70) INFO:     10.0.0.9:41002 - "GET /metrics HTTP/1.1" 200 OK',
+    "(APIServer pid=70) INFO 11-21 07:30:01 [chat_utils.py:444] Detected the chat template content format to be 'string'.",
+    "(Worker_TP1 pid=73) WARNING 11-21 07:30:02 [utils.py:12] Using slow tokenizer for special tokens.",
+    "node-1:73:210 [1] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM",
+    "Loading safetensors checkpoint shards:  50% Completed | 2/4 [00:03<00:03,  1.52s/it]",
+    "/usr/lib/python3.12/site-packages/torch/utils.py:88: UserWarning: this flag has no effect any more",
+    "huggingface/tokenizers: The current process just got forked, after parallelism has already been used.",
+    "[12345.678901] usb 1-1: new high-speed USB device number 4 using xhci_hcd",
 )
 
 
@@ -109,10 +134,81 @@ def test_a_paste_that_is_doubled_says_the_same(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", LOGS)
-@given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from(NOISE)), max_size=6))
+@given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from(NOISE)), max_size=8))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_unrelated_lines_do_not_matter(name: str, tmp_path: Path, noise: list[tuple[int, str]]) -> None:
     lines = LOGS[name].splitlines()
     for place, line in noise:
         lines.insert(min(place, len(lines)), line)
     assert verdict(tmp_path, "\n".join(lines) + "\n") == verdict(tmp_path, LOGS[name])
+
+
+def docker(line: str) -> str:
+    return json.dumps({"log": line + "\n", "stream": "stderr", "time": "2026-11-21T07:41:02.123456789Z"})
+
+
+BEFORE: dict[str, Callable[[str], str]] = {
+    "docker": docker,
+    "journal": lambda line: f"Nov 21 07:41:02 node-1 vllm[70]: {line}",
+    "kubernetes": lambda line: f"2026-11-21T07:41:02.123456789Z stderr F {line}",
+    "compose": lambda line: f"vllm-1  | {line}",
+    "carriage return": lambda line: f"{line}\r",
+}
+
+
+@pytest.mark.parametrize("name", LOGS)
+@pytest.mark.parametrize("wrapper", BEFORE)
+def test_who_kept_the_log_does_not_matter(name: str, wrapper: str, tmp_path: Path) -> None:
+    kept = "".join(f"{BEFORE[wrapper](line)}\n" for line in LOGS[name].splitlines())
+    assert verdict(tmp_path, kept) == verdict(tmp_path, LOGS[name])
+
+
+CUTS = st.lists(st.integers(0, 3000), max_size=12)
+
+
+def cut(data: bytes, places: list[int]) -> Iterator[bytes]:
+    edges = sorted({0, len(data), *(place for place in places if place < len(data))})
+    return (data[start:end] for start, end in pairwise(edges))
+
+
+@pytest.mark.parametrize("name", LOGS)
+@given(CUTS)
+@settings(max_examples=40, deadline=None)
+def test_where_a_log_is_cut_while_it_is_read_does_not_matter(name: str, places: list[int]) -> None:
+    def read(pieces: Iterable[bytes]) -> object:
+        reader = vllm_log.LogReader("a.log")
+        for piece in pieces:
+            reader.feed(piece, NOW)
+        return reader.finish().events
+
+    data = LOGS[name].encode()
+    assert read(cut(data, places)) == read([data])
+
+
+@given(CUTS)
+@settings(max_examples=40, deadline=None)
+def test_where_a_kernel_log_is_cut_does_not_matter(places: list[int]) -> None:
+    data = (DMESG + MISMATCH + KILL).encode()
+    whole, pieces = (kernel_log.KernelLogReader("dmesg", now=NOW) for _ in range(2))
+    together = [*whole.feed(data), *whole.finish()]
+    assert [event for piece in cut(data, places) for event in pieces.feed(piece)] + pieces.finish() == together
+
+
+# Whole incidents: kernel and engine together.
+
+
+@pytest.mark.parametrize("name", PASTED)
+@pytest.mark.parametrize("hours", [0, -31, 2000])
+def test_an_incident_is_the_same_at_another_time(name: str, hours: int, tmp_path: Path) -> None:
+    before = pasted(name, tmp_path, drills.BEGINS + hours * 3600)
+    (*_, report) = watch(evidence.read(before, now=drills.BEGINS + hours * 3600 + 600), RULES, keep=3600)
+    assert [root.finding.failure_mode for root in report.roots] == PASTED[name][2]
+
+
+@pytest.mark.parametrize("name", PASTED)
+def test_kernel_and_engine_log_in_one_file_say_the_same(name: str, tmp_path: Path) -> None:
+    dmesg, log = pasted(name, tmp_path)
+    both = tmp_path / "both.txt"
+    both.write_text(dmesg.read_text() + log.read_text())
+    (*_, report) = watch(evidence.read([both], now=drills.BEGINS + 600), RULES, keep=3600)
+    assert [root.finding.failure_mode for root in report.roots] == PASTED[name][2]
