@@ -8,7 +8,7 @@ import msgspec
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, facts_of_gpu, rule
-from doctor.snapshot import Absent, Gpu, Maybe, NvidiaMessage, Source, Why, known
+from doctor.snapshot import Absent, Gpu, Maybe, NvidiaMessage, Source, Why, Xid, known
 from doctor.symptoms.engine_groups import engine_of_gpu
 from doctor.symptoms.engine_log import incidents
 from doctor.symptoms.xids import answered_since, of_this_boot, xid_events
@@ -69,6 +69,7 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
         yield _finding(history, tuple(loss for loss in losses if loss.pci_address == pci_address))
     if gone:
         return
+    yield from _not_probed(history)
     yield from _too_few(history, limits.expected_gpus)
     yield from _engine_says_so(history)
 
@@ -179,6 +180,22 @@ def _gpu_at(history: History, pci_address: str) -> Gpu | None:
             if pci_address in (gpu.pci_address, gpu.uuid):
                 return gpu
     return None
+
+
+def _not_probed(history: History) -> Iterator[Finding]:
+    """Take the driver's word that other drivers hold the GPUs, as long as it has none itself."""
+    latest = history.latest
+    said = [
+        e for e in of_this_boot(history) if isinstance(e, NvidiaMessage) and "probe routine was not called" in e.text
+    ]
+    if said and not latest.gpus and not any(isinstance(e, Xid) for e in of_this_boot(history)):
+        yield Finding(
+            summary="NVIDIA's driver was not given all GPUs: another one (nouveau, vfio-pci) holds them",
+            evidence=(Evidence(Source.KERNEL_LOG.value, said[-1].where, said[-1].text),),
+            confidence=Confidence.MEDIUM,
+            severity=Severity.WARNING,  # a host that gives its GPUs to virtual machines does so on purpose
+            since=said[-1].at,
+        )
 
 
 def _too_few(history: History, expected: int) -> Iterator[Finding]:

@@ -14,6 +14,10 @@ from doctor.symptoms.xids import of_this_boot
 TITLES = ("VLLM::", "vllm", "ray::", "sglang")
 """How the kernel names the processes of engines: the first 15 characters of the title, or of the program."""
 
+PLAIN_TITLE = "python"
+PLAIN_BYTES = 64 << 30
+"""Engines without a title of their own are `python3`. guess: on a node whose engines are not seen, one this large is one."""
+
 KILLS = ("SIGKILL",)
 """A process can't ask for this one by its own mistake, unlike SIGSEGV or SIGABRT."""
 
@@ -31,6 +35,8 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
     kills = [e for e in of_this_boot(history) if isinstance(e, OomKill)]
     ours = [kill for kill in kills if kill.process_name.startswith(TITLES)]
     logs = engine_logs(history)
+    if not logs and not history.latest.engines:
+        ours += [kill for kill in kills if _may_be_engine(kill)]
     used: set[str] = set()
     for log in logs:
         death = _killed(log.incident)
@@ -46,10 +52,15 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
             yield Finding(
                 summary=f"The kernel's out-of-memory killer took {kill.process_name} (pid {kill.pid}){_size(kill)}",
                 evidence=(Evidence(Source.KERNEL_LOG.value, kill.where, kill.text),),
+                confidence=Confidence.MEDIUM if _may_be_engine(kill) else Confidence.HIGH,
                 subject=Subject(pids=(kill.pid,)),
                 since=kill.at,
                 facts={"pid": str(kill.pid)},
             )
+
+
+def _may_be_engine(kill: OomKill) -> bool:
+    return kill.process_name.startswith(PLAIN_TITLE) and (kill.rss_bytes or 0) >= PLAIN_BYTES
 
 
 def _killed(incident: Incident | None) -> EngineEvent | None:

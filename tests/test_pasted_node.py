@@ -260,3 +260,26 @@ def test_the_readers_of_peers_links_and_tests_take_any_text(text: str) -> None:
         assert all(start < end for start, end in reader.find(text))
     lspci.read_links(text)
     assert all(start < end for start, end in lspci.find_links(text))
+
+
+LOADING = "[ 12.5] NVRM: loading NVIDIA UNIX Open Kernel Module for x86_64  570.1.1  Release Build\n"
+
+
+def test_what_the_driver_says_of_its_own_probing_is_not_forgotten_when_it_says_that_it_loads(tmp_path: Path) -> None:
+    gone = "[ 12.3] NVRM: The NVIDIA GPU 0000:b3:00.0 (PCI ID: 10de:2330) installed in this system has fallen off the bus\n"
+    failed = "[ 12.4] NVRM: The NVIDIA probe routine failed for 1 device(s).\n"
+    assert first(tmp_path, gone + failed + LOADING) == "gpu-lost"
+    xid = "[ 9.1] NVRM: Xid (PCI:0000:b3:00): 79, GPU has fallen off the bus.\n"
+    assert not judged(tmp_path, xid + LOADING).roots
+
+
+def test_a_driver_that_was_given_no_gpu_is_told(tmp_path: Path) -> None:
+    text = "[ 12.4] NVRM: The NVIDIA probe routine was not called for 8 device(s).\n"
+    assert first(tmp_path, text) == "gpu-lost"
+    assert not judged(tmp_path, text + table()).roots
+
+
+def test_a_large_python_that_the_kernel_took_is_an_engine_where_none_is_seen(tmp_path: Path) -> None:
+    line = "[ 99.1] Out of memory: Killed process 41 (python3) total-vm:5kB, anon-rss:{}kB, file-rss:0kB\n"
+    assert first(tmp_path, line.format(400 << 20)) == "worker-killed"
+    assert not judged(tmp_path, line.format(1 << 20)).roots

@@ -51,9 +51,21 @@ def of_this_boot(history: History) -> tuple[KernelEvent, ...]:
         if event.before_boot or (known(booted_at) and event.at is not None and event.at < booted_at):
             continue
         if _starts_anew(event):
-            kept.clear()
+            kept = _of_its_probing(kept) if isinstance(event, NvidiaMessage) else []
         kept.append(event)
     return tuple(kept)
+
+
+_PROBING = ("NVRM: The NVIDIA GPU ", "NVRM: The NVIDIA probe routine ")
+"""What the driver says of devices only while it is loaded; it prints that it is loading when it has probed them."""
+
+
+def _of_its_probing(kept: list[KernelEvent]) -> list[KernelEvent]:
+    """Return what stands right before the driver's word that it is loading and is about that same load."""
+    first = len(kept)
+    while first and isinstance(kept[first - 1], NvidiaMessage) and kept[first - 1].text.startswith(_PROBING):
+        first -= 1
+    return kept[first:]
 
 
 def _starts_anew(event: KernelEvent) -> bool:
@@ -91,7 +103,8 @@ class _Grouping:
             self._shadow(cause, xid)
             return
         if xid.code == 45 and xid.caused_by is not None:
-            return  # its cause stood in a part of the log that nobody has
+            # Its cause stood in a part of the log that nobody has; the line itself says what it was.
+            xid = msgspec.structs.replace(xid, code=xid.caused_by, caused_by=None)
         mine = self._by_code.get((xid.pci_address, xid.code))
         if mine is not None and _is_near(xid.at, self.events[mine].last_at):
             event = self.events[mine]
