@@ -1,17 +1,19 @@
 """The last report as Prometheus metrics. A value that was not seen is absent, never zero and never the one before.
 
-The page is written here rather than by a client library: it is made once a report out of values that never change,
-in both formats at once, which differ in a few lines.
+The page is made once a report out of values that never change, in both formats; a scrape only sends it.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 
 import msgspec
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.registry import Collector
 
 from doctor.history import History
 from doctor.report import Report, Verdict
@@ -74,48 +76,37 @@ class Exposition(msgspec.Struct, frozen=True):
 
 def exposition(families: Iterable[Family]) -> Exposition:
     """Write the metrics that have samples; what is over `SERIES_MAX` is left out and counted."""
-    text: list[str] = []
-    openmetrics: list[str] = []
+    metrics: list[Metric] = []
     left_out = 0
     for family in families:
         if family.samples:
             left_out += max(0, len(family.samples) - SERIES_MAX)
-            _write(family, text, openmetrics)
+            metrics.append(_metric(family))
     cut_off = Family(
         "gpu_doctor_series_left_out",
         "Samples that are not on this page, because a metric had too many.",
         (),
         {(): left_out},
     )
-    _write(cut_off, text, openmetrics)
-    openmetrics.append("# EOF\n")
-    return Exposition("".join(text).encode(), "".join(openmetrics).encode())
+    page = _Page((*metrics, _metric(cut_off)))
+    return Exposition(generate_latest(page), generate_openmetrics(page))
 
 
-def _write(family: Family, text: list[str], openmetrics: list[str]) -> None:
-    samples = "".join(
-        f"{family.name}{_braced(family.labels, values)} {_decimal(value)}\n"
-        for values, value in islice(family.samples.items(), SERIES_MAX)
-    )
-    bare = family.name.removesuffix("_total")  # OpenMetrics names the family without the suffix of its sample
-    for name, lines in ((family.name, text), (bare, openmetrics)):
-        lines.append(f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n{samples}")
+class _Page(Collector):
+    """The metrics of one report, as the client library asks for them."""
+
+    def __init__(self, metrics: tuple[Metric, ...]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
 
 
-def _braced(names: Labels, values: Labels) -> str:
-    if not names:
-        return ""
-    return "{" + ",".join([f'{name}="{_escaped(value)}"' for name, value in zip(names, values, strict=True)]) + "}"
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def _decimal(value: float) -> str:
-    if math.isfinite(value):
-        return repr(float(value))
-    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+def _metric(family: Family) -> Metric:
+    metric = Metric(family.name.removesuffix("_total"), family.help, family.kind)
+    for values, value in islice(family.samples.items(), SERIES_MAX):
+        metric.add_sample(family.name, dict(zip(family.labels, values, strict=True)), value)
+    return metric
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -313,17 +304,18 @@ def _of_the_judgement(report: Report | None) -> Iterator[Family]:
     )
     found: dict[Labels, float] = {}
     if report:
+        leads = report.leads
         for reported in report.findings:
             finding = reported.finding
             words = (finding.failure_mode, severity_of(finding).word, finding.confidence.word)
-            cause = "true" if reported.depth == 0 else "false"
+            cause = "true" if reported.depth == 0 or reported in leads else "false"
             silenced = "false" if reported.silence is None else "true"
             for uuid in finding.subject.gpus or ("",):
                 found[(*words, cause, silenced, *_gpu(uuid, report.snapshot))] = 1.0
     yield Family(
         "gpu_doctor_finding",
-        "1 for each failure mode that is present, by GPU where it is about GPUs; root_cause tells whether another finding "
-        "explains it, silenced whether the site wants no alarm for it.",
+        "1 for each failure mode that is present, by GPU where it is about GPUs; root_cause: no other finding that "
+        "is not silenced explains it; silenced: the site wants no alarm for it.",
         ("failure_mode", "severity", "confidence", "root_cause", "silenced", "gpu", "uuid"),
         found,
     )
@@ -332,6 +324,13 @@ def _of_the_judgement(report: Report | None) -> Iterator[Family]:
         "1 for each failure mode that could not be judged, with the reason.",
         ("failure_mode", "reason"),
         {(u.failure_mode, u.why.why.value): 1.0 for u in report.unjudged} if report else {},
+    )
+    ended = len(report.ended_silences) if report else 0
+    yield Family(
+        "gpu_doctor_silences",
+        "How many silences the site declares: in force, or ended and to be renewed or removed.",
+        ("state",),
+        {("in-force",): float(len(report.silences) - ended), ("ended",): float(ended)} if report else {},
     )
     yield Family(
         "gpu_doctor_quiet",
