@@ -91,8 +91,14 @@ def test_a_healthy_node_gets_no_warning_and_a_sick_one_its_finding(row: dict[str
     report = report_on(SAMPLES / "node" / named(row))
     found = {reported.finding.failure_mode for reported in report.findings}
     assert FAULTS.get(named(row), set()) <= found
-    if named(row) not in MAY_ALARM:
+    if set(evidence.kinds(SAMPLES / "node" / named(row), now=NOW)) <= UNJUDGED:
+        assert report.verdict is Verdict.INCOMPLETE  # nobody looked at it: no word of health
+    elif named(row) not in MAY_ALARM:
         assert report.verdict in {Verdict.CLEAR, Verdict.NOTICE}, [r.finding.summary for r in report.findings]
+
+
+UNJUDGED = {"smi-csv", "smi-help", "dmon", "gpud"}
+"""Kinds that no rule reads."""
 
 
 @pytest.mark.parametrize("row", index("collect_env"), ids=named)
