@@ -5,8 +5,10 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
+import drills
 import msgspec
 import psutil
 import pytest
@@ -80,7 +82,7 @@ def test_a_lost_gpu_shows_in_every_world() -> None:
 
 
 def test_a_fault_that_begins_later_is_seen_when_it_begins() -> None:
-    first, *later = visits("dgx-h100-4of8", "xid:code=48,gpu=1,start=0.5", times=4, every=0.3)
+    first, *later = drills.visits("dgx-h100-4of8", "xid:code=48,gpu=1,start=0.5", seconds=(0, 0.3, 0.6, 0.9))
     assert not [event for event in first.kernel if isinstance(event, Xid)]
     (xid,) = [event for snapshot in later for event in snapshot.kernel if isinstance(event, Xid)]
     assert xid.code == 48
@@ -174,7 +176,7 @@ def test_without_links_the_engine_falls_back_to_pcie() -> None:
 
 
 def test_an_oom_kill_is_counted_in_the_cgroup_and_names_the_worker() -> None:
-    first, second = visits("dgx-h100-4of8", "oom-kill:rank=1,start=0.3", times=2, every=0.8)
+    first, second = drills.visits("dgx-h100-4of8", "oom-kill:rank=1,start=0.3", seconds=(0, 0.8))
     assert first.engines[0].oom_kills_total == 0
     assert second.engines[0].oom_kills_total == 1
     (kill,) = [event for event in second.kernel if isinstance(event, OomKill)]
@@ -276,3 +278,24 @@ def test_a_visit_of_eight_gpus_costs_well_under_a_second() -> None:
 def test_page_and_files_belong_to_one_address_only() -> None:
     (metrics,) = visit().metrics
     assert metrics.url.startswith("http://127.0.0.1:")
+
+
+def test_a_lost_gpu_that_the_engine_does_not_use_leaves_it_at_work() -> None:
+    first, second = visits("h100-nvl-4", "gpu-lost:gpu=3", times=2, every=0.6)
+    assert second.gpus[3].lost is True
+    (engine,) = second.engines
+    assert [rank.state for rank in engine.ranks] == ["running", "running"]
+    assert second.metrics[0].generation_tokens_total > first.metrics[0].generation_tokens_total
+    assert "watchdog-timeout" not in signals(first)
+
+
+def test_a_hot_gpu_slows_the_engine_and_the_page_never_runs_backwards() -> None:
+    cool, *hot = drills.visits("hgx-h100-4", "overheating:factor=16,start=10", seconds=(0, 60, 120, 180))
+    tokens = [page.metrics[0].generation_tokens_total for page in (cool, *hot)]
+    gained = [later - earlier for earlier, later in pairwise(tokens)]
+    assert gained[0] > 1.2 * gained[-1] > 0
+    for before, after in pairwise((cool, *hot)):
+        pairs = zip(
+            before.metrics[0].inter_token_seconds.counts, after.metrics[0].inter_token_seconds.counts, strict=True
+        )
+        assert all(earlier <= later for earlier, later in pairs)
