@@ -50,5 +50,6 @@ def _finding(history: History, events: list[XidEvent]) -> Finding:
         severity=Severity.NOTICE if row is None or row.is_mild else None,
         subject=Subject(gpus=(gpu.uuid,) if gpu else ()),
         since=first.at,
-        facts=dict(facts_of_gpu(gpu.index, first.pci_address, gpu.uuid)) if gpu else {"pci-address": first.pci_address},
+        facts={"xid": str(first.code)}
+        | dict(facts_of_gpu(gpu.index, first.pci_address, gpu.uuid) if gpu else {"pci-address": first.pci_address}),
     )

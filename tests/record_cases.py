@@ -149,6 +149,8 @@ SIMULATED: dict[str, dict[str, tuple[str, ...]]] = {
         "fires-uncorrected": ("hgx-h100-4", "ecc-uncorrected:gpu=1"),
         "fires-remap-pending": ("hgx-h100-4", "remap-pending:gpu=1"),
         "fires-contained": ("hgx-h100-4", "xid:code=94,gpu=1"),
+        "fires-retired-part": ("hgx-h100-4", "xid:code=156,gpu=1"),
+        "fires-detail-alone": ("hgx-h100-4", "xid:code=171,gpu=1"),
         "quiet-xid-63": ("hgx-h100-4", "xid:code=63,gpu=1"),
         "quiet-application": ("hgx-h100-4", "application-fault:gpu=1"),
     },
@@ -209,6 +211,17 @@ def deliberate() -> tuple[Snapshot, ...]:
     """Seven small instances a GPU, none of them under tensor parallelism."""
     visits = nodes.healthy("hgx-h100-4", tp=1)
     return nodes.each(visits, lambda s: nodes.partitioned(s, range(4), ("1g.10gb",) * 7))
+
+
+def reset_since() -> tuple[Snapshot, ...]:
+    """An uncorrectable error half an hour ago, and the reset that the driver asked for and no longer does."""
+    ago = nodes.START - 1800
+    lines = (
+        nodes.xid(48, 1, at=ago),
+        nodes.xid(154, 1, at=ago + 1, recovery_action="reset"),
+        nodes.xid(154, 1, at=ago + 300, recovery_action="none"),
+    )
+    return nodes.last(nodes.healthy("hgx-h100-4", visits=2), lambda s: nodes.with_kernel(s, *lines))
 
 
 def other_card(snapshot: Snapshot) -> Snapshot:
@@ -284,6 +297,7 @@ BUILT: dict[str, dict[str, Callable[[], Iterable[Snapshot]]]] = {
         "quiet-given-away": lambda: nodes.each(nodes.healthy("hgx-h100-4"), given_away),
         "quiet-before-boot": lambda: nodes.each(nodes.healthy("hgx-h100-4", visits=2), lost_before_boot),
     },
+    "gpu-memory-faulty": {"quiet-reset-since": reset_since},
     "driver-unresponsive": {"quiet-slow-first-start": slow_start},
     "gpu-memory-held": {
         "fires-at-startup": not_empty,
