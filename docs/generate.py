@@ -35,6 +35,7 @@ def generated() -> Iterator[tuple[str, str]]:
     confusion = runpy.run_path(str(ROOT / "docs" / "confusion.py"))["page"]()
     if confusion is not None:
         yield "docs/confusion.md", confusion
+    yield "packaging/prometheus/gpu-doctor.rules.yml", runpy.run_path(str(ROOT / "docs" / "alerts.py"))["page"]()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     yield "README.md", between_marks(readme, "failure modes", catalogue.rules_markdown(RULES, "rules/"))
 
