@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 
 import msgspec
-from prometheus_client.exposition import generate_latest
+from prometheus_client.exposition import choose_encoder, generate_latest
 from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 
 from doctor.history import History
@@ -25,6 +24,7 @@ from doctor.snapshot import (
     Maybe,
     MigDevice,
     OomKill,
+    Recorder,
     Snapshot,
     Sxid,
     Xid,
@@ -89,7 +89,8 @@ def exposition(families: Iterable[Family]) -> Exposition:
         {(): left_out},
     )
     page = _Page((*metrics, _metric(cut_off)))
-    return Exposition(generate_latest(page), generate_openmetrics(page))
+    openmetrics, _ = choose_encoder(OPENMETRICS)
+    return Exposition(generate_latest(page), openmetrics(page))
 
 
 class _Page(Collector):
@@ -207,6 +208,7 @@ def families(report: Report | None, tally: Tally, own: Own) -> Iterator[Family]:
     yield from _of_the_judgement(report)
     snapshot = report.snapshot if report else Snapshot(at=0.0)
     yield from _of_the_collectors(snapshot)
+    yield from _of_the_recorder(snapshot.recorder)
     yield from _of_the_node(snapshot)
     yield from _of_the_gpus(snapshot)
     yield from _of_the_mig_devices(snapshot)
@@ -372,6 +374,23 @@ def _of_the_collectors(snapshot: Snapshot) -> Iterator[Family]:
         "How long NVML had not answered when the visit gave up waiting; 0: it answered.",
         (),
         {(): snapshot.nvml_blocked_seconds} if snapshot.collectors else {},
+    )
+
+
+def _of_the_recorder(recorder: Recorder) -> Iterator[Family]:
+    there = bool(recorder.directory)
+    yield _single(
+        "recorder_failing",
+        "1 where the flight recorder's disk takes no visits, and they wait in memory.",
+        recorder.failing_since is not None if there else None,
+    )
+    yield _single(
+        "recorder_waiting_visits", "Visits that wait until they can be written.", recorder.waiting if there else None
+    )
+    yield _single(
+        "recorder_lost_visits_total",
+        "Visits that were never written, because too many waited, since the daemon started.",
+        recorder.lost if there else None,
     )
 
 

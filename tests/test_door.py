@@ -156,7 +156,7 @@ def test_a_real_prometheus_scrapes_the_daemon(tmp_path: Path, lost: Daemon) -> N
 def test_a_fault_is_a_metric_one_visit_later() -> None:
     with running(PROGRAM, "clear,clear,clear,lost", "0.3") as daemon:
         await_true(lambda: b'gpu_doctor_verdict{verdict="clear"} 1.0' in daemon.get("/metrics")[2])
-        await_true(lambda: b'gpu_doctor_finding{failure_mode="gpu-lost"' in daemon.get("/metrics")[2])
+        await_true(lambda: b'failure_mode="gpu-lost"' in daemon.get("/metrics")[2])
         seen_at = time.time()
         report = json.loads(daemon.get("/report")[2])
         (finding,) = report["findings"]

@@ -16,7 +16,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from doctor.report import Report
-from doctor.snapshot import Absent, Gpu, NvLink, Power, Rank, Sample, Snapshot, Sxid, Thermal, Why, Xid
+from doctor.snapshot import Absent, Gpu, NvLink, Power, Rank, Recorder, Sample, Snapshot, Sxid, Thermal, Why, Xid
 from exporters.prometheus import SERIES_MAX, Cost, Exposition, Family, Own, Tally, exposition, families
 
 OWN = Own(
@@ -93,7 +93,7 @@ def test_findings_name_the_gpu_and_whether_they_are_the_root() -> None:
     assert f'uuid="{reports.uuid(2)}"' in lost
     assert 'root_cause="true"' in lost
     assert (
-        'failure_mode="nccl-timeout",severity="critical",confidence="high",root_cause="false",silenced="false",gpu=""'
+        'confidence="high",failure_mode="nccl-timeout",gpu="",root_cause="false",severity="critical",silenced="false"'
         in text
     )
     assert 'gpu_doctor_unjudged{failure_mode="nvswitch-fabric-fault",reason="no-permission"} 1.0' in text
@@ -243,7 +243,7 @@ def test_a_rank_is_told_with_its_gpu_and_whether_it_is_held() -> None:
         ),
     )
     text = page(reports.report(reports.snapshot(reports.FOUR, engines=(engine,))))
-    assert f'engine_rank_info{{engine="vllm.service",rank="1",gpu="1",uuid="{reports.uuid(1)}"}} 1.0' in text
+    assert f'engine_rank_info{{engine="vllm.service",gpu="1",rank="1",uuid="{reports.uuid(1)}"}} 1.0' in text
     assert 'engine_rank_held{engine="vllm.service",rank="0"} 0.0' in text
     assert 'engine_rank_held{engine="vllm.service",rank="1"} 1.0' in text
     assert 'engine_rank_cpu_seconds_total{engine="vllm.service",rank="0"} 5.0' in text
@@ -268,3 +268,11 @@ def test_the_node_draws_what_its_gpus_draw_together() -> None:
         assert f"\ngpu_doctor_node_{line}\n" in text
     silent = msgspec.structs.replace(gpus[0], power=Power(instant_watts=Absent(Why.FAILED)))
     assert "node_power_watts" not in page(reports.report(reports.snapshot((silent, gpus[1])))), "half a sum is none"
+
+
+def test_a_recorder_that_fails_says_so_and_where_there_is_none_nothing_does() -> None:
+    assert "gpu_doctor_recorder_" not in page(reports.clear())
+    state = Recorder(directory="/var/lib/gpu-doctor", failing_since=reports.AT, waiting=7)
+    text = page(reports.report(reports.snapshot(reports.FOUR, recorder=state)))
+    for line in ("failing 1.0", "waiting_visits 7.0", "lost_visits_total 0.0"):
+        assert f"\ngpu_doctor_recorder_{line}\n" in text
