@@ -38,7 +38,14 @@ _BESIDE_MILD = frozenset({"ECC: volatile uncorrected", "row remapper: pending"})
     "A GPU's memory has failed",
     severity=Severity.CRITICAL,
     needs=(Source.NVML, Source.KERNEL_LOG),
-    explains=("application-fault", "nccl-timeout", "engine-crashed", "engine-stalled", "worker-killed", "recovery-pending"),
+    explains=(
+        "application-fault",
+        "nccl-timeout",
+        "engine-crashed",
+        "engine-stalled",
+        "worker-killed",
+        "recovery-pending",
+    ),
     limits=Limits(),
 )
 def RULE(history: History, limits: Limits) -> Iterator[Finding]:

@@ -279,7 +279,9 @@ def no_driver() -> Report:
 def half_blind() -> Report:
     """A hint, and a driver that does not answer."""
     hung = Absent(Why.TIMED_OUT, "nvml has not answered for 5.0 s")
-    visit = snapshot(FOUR, seen=tuple(s for s in EVERYTHING if s is not Source.NVML), unseen=(Unseen(Source.NVML, hung),))
+    visit = snapshot(
+        FOUR, seen=tuple(s for s in EVERYTHING if s is not Source.NVML), unseen=(Unseen(Source.NVML, hung),)
+    )
     return report(visit, HINT, unjudged=(Unjudged("nvlink-degraded", hung),))
 
 

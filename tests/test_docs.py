@@ -44,7 +44,9 @@ def test_no_page_says_to_install_another_project() -> None:
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/failure-modes.md", "docs/xids.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/failure-modes.md", "docs/xids.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in LINK.findall(path.read_text(encoding="utf-8")):
