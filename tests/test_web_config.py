@@ -231,6 +231,18 @@ def test_a_bad_configuration_is_refused_with_file_and_line(folder: Path, text: s
     assert "secret-word" not in str(e.value)
 
 
+def test_the_example_of_the_documentation_is_one(folder: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs/daemon.md").read_text()
+    example = text.partition("<!-- web configuration -->\n```yaml\n")[2].partition("```\n<!-- end of")[0]
+    config = read(written(folder, example))
+    assert config.tls is not None
+    assert config.tls.minimum_version is ssl.TLSVersion.TLSv1_3
+    assert config.tls.verify_mode is ssl.CERT_REQUIRED
+    assert config.client_names == {"prometheus.example"}
+    assert list(config.users) == ["prometheus"]
+    assert list(config.headers) == ["Strict-Transport-Security"]
+
+
 def test_a_bad_configuration_at_the_start_ends_the_program_with_3(folder: Path) -> None:
     for option in ("--web-config", "--web.config.file"):
         done = subprocess.run(
