@@ -40,7 +40,7 @@ class Daemon:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.log.append(json.loads(line) if line.startswith("{") else {"event": line})
+            self.log.append(_event(line))
 
     def await_event(self, name: str, number: int = 1) -> dict[str, object]:
         found = await_true(lambda: [e for e in self.log if e["event"] == name][number - 1 : number])
@@ -68,6 +68,14 @@ class Daemon:
         code = self.process.wait(PATIENCE_SECONDS)
         self._reader.join(PATIENCE_SECONDS)
         return code
+
+
+def _event(line: str) -> dict[str, object]:
+    """A line of the daemon's log; one that is no JSON, or torn when the daemon was killed, is an event of that text."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return {"event": line}
 
 
 def await_true(ask: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> object:

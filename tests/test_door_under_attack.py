@@ -206,7 +206,8 @@ def test_a_crowd_of_slow_clients_does_not_keep_a_scrape_out(door: Opened) -> Non
             crowd.append(client)
             if n % 200 == 199:
                 assert door.scrape_seconds() < 1.0
-        assert door.dropped("crowded-out") >= 18 * server.GUESTS_MAX
+        # The last of the crowd may still wait in the kernel's queue when the loop above ends.
+        await_true(lambda: door.dropped("crowded-out") >= 18 * server.GUESTS_MAX)
     finally:
         for client in crowd:
             client.close()
