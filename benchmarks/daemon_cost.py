@@ -29,11 +29,11 @@ from statistics import mean, median
 
 import msgspec
 
-HOME = Path(__file__).parent.parent
-sys.path.insert(0, str(HOME))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from doctor.feeds.simulated import World, drill_of
 
+HOME = Path(__file__).parent.parent
 PROFILE = "hgx-h100-8"
 PEER = "nvitop-exporter"
 WARM_UP_SECONDS = 30.0

@@ -1,6 +1,6 @@
 """The last report as Prometheus metrics. A value that was not seen is absent, never zero and never the one before.
 
-The page is made once a report out of values that never change, in both formats; a scrape only sends it.
+The page is made once a report, out of values that never change; a scrape only sends it.
 """
 
 from __future__ import annotations
@@ -67,34 +67,40 @@ class Family(msgspec.Struct, frozen=True):
         return "counter" if self.name.endswith("_total") else "gauge"
 
 
-class Exposition(msgspec.Struct, frozen=True):
-    """A page of metrics in both formats that Prometheus reads."""
+class Writer:
+    """Writes pages of metrics in one format. A metric that is as it was on the page before is not written anew.
 
-    text: bytes
-    openmetrics: bytes
+    Of a node's samples nine in ten are the same for hours: what is installed, linked and set.
+    """
+
+    def __init__(self, content_type: str) -> None:
+        """Prepare. *content_type*: `TEXT` or `OPENMETRICS`."""
+        self._encode = generate_latest if content_type == TEXT else choose_encoder(content_type)[0]
+        self._end = self._encode(_Page(()))
+        """What stands below the last metric."""
+        self._written: dict[str, tuple[Family, bytes]] = {}
+
+    def page(self, families: Iterable[Family]) -> bytes:
+        """Return the metrics that have samples; what is over `SERIES_MAX` is left out and counted."""
+        seen = [family for family in families if family.samples]
+        left_out = sum(max(0, len(family.samples) - SERIES_MAX) for family in seen)
+        seen.append(_left_out(left_out))
+        before, self._written = self._written, {}
+        for family in seen:
+            written = before.get(family.name)
+            if written is None or written[0] != family:
+                written = family, self._encode(_Page((_metric(family),))).removesuffix(self._end)
+            self._written[family.name] = written
+        return b"".join((*(text for _, text in self._written.values()), self._end))
 
 
-def exposition(families: Iterable[Family]) -> Exposition:
-    """Write the metrics that have samples; what is over `SERIES_MAX` is left out and counted."""
-    metrics: list[Metric] = []
-    left_out = 0
-    for family in families:
-        if family.samples:
-            left_out += max(0, len(family.samples) - SERIES_MAX)
-            metrics.append(_metric(family))
-    cut_off = Family(
-        "gpu_doctor_series_left_out",
-        "Samples that are not on this page, because a metric had too many.",
-        (),
-        {(): left_out},
-    )
-    page = _Page((*metrics, _metric(cut_off)))
-    openmetrics, _ = choose_encoder(OPENMETRICS)
-    return Exposition(generate_latest(page), openmetrics(page))
+def _left_out(number: int) -> Family:
+    text = "Samples that are not on this page, because a metric had too many."
+    return Family("gpu_doctor_series_left_out", text, (), {(): number})
 
 
 class _Page(Collector):
-    """The metrics of one report, as the client library asks for them."""
+    """Some metrics, as the client library asks for them."""
 
     def __init__(self, metrics: tuple[Metric, ...]) -> None:
         self._metrics = metrics

@@ -19,7 +19,7 @@ from test_cases import FIRES, HEALTHY, name_of, replayed
 from doctor.report import Report
 from doctor.rule import Severity
 from doctor.silence import Silence
-from exporters.prometheus import Own, Tally, exposition, families
+from exporters.prometheus import TEXT, Own, Tally, Writer, families
 from rules import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ ONE_EACH = list({path.parent.name: path for path in FIRES}.values())
 
 def series(report: Report | None, instance: str) -> list[dict[str, str]]:
     """Return what Prometheus would hold of a node that shows this page for half an hour."""
-    text = exposition(families(report, Tally(), Own(version="0.0.0"))).text.decode()
+    text = Writer(TEXT).page(families(report, Tally(), Own(version="0.0.0"))).decode()
     read = [{"series": f'up{{job="gpu-doctor",instance="{instance}"}}', "values": "1+0x30"}]
     for family in text_string_to_metric_families(text):
         if family.name.removeprefix("gpu_doctor_") not in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 
 import golden
 import msgspec
@@ -17,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from doctor.report import Report
 from doctor.snapshot import Absent, Gpu, NvLink, Power, Rank, Recorder, Sample, Snapshot, Sxid, Thermal, Why, Xid
-from exporters.prometheus import SERIES_MAX, Cost, Exposition, Family, Own, Tally, exposition, families
+from exporters.prometheus import OPENMETRICS, SERIES_MAX, TEXT, Cost, Family, Own, Tally, Writer, families
 
 OWN = Own(
     version="0.0.0",
@@ -35,15 +36,19 @@ OWN = Own(
 
 
 def page(report: Report | None, tally: Tally | None = None) -> str:
-    return both(report, tally).text.decode()
+    return written(metrics(report, tally))
 
 
-def both(report: Report | None, tally: Tally | None = None) -> Exposition:
+def written(told: Iterable[Family], content_type: str = TEXT) -> str:
+    return Writer(content_type).page(told).decode()
+
+
+def metrics(report: Report | None, tally: Tally | None = None) -> tuple[Family, ...]:
     if tally is None:
         tally = Tally()
         if report is not None:
             tally.add(report)
-    return exposition(families(report, tally, OWN))
+    return tuple(families(report, tally, OWN))
 
 
 def test_the_page_is_as_it_was_approved() -> None:
@@ -60,19 +65,24 @@ def test_a_client_reads_the_page_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", reports.ALL)
 def test_both_formats_say_the_same(name: str) -> None:
-    made = both(reports.ALL[name]())
-    text = {
-        (s.name, *sorted(s.labels.items())): s.value
-        for f in text_string_to_metric_families(made.text.decode())
-        for s in f.samples
-    }
-    openmetrics = {
-        (s.name, *sorted(s.labels.items())): s.value
-        for f in openmetrics_families(made.openmetrics.decode())
-        for s in f.samples
-    }
-    assert text == openmetrics
-    assert made.openmetrics.endswith(b"# EOF\n")
+    told = metrics(reports.ALL[name]())
+    openmetrics = written(told, OPENMETRICS)
+    read = [
+        {(s.name, *sorted(s.labels.items())): s.value for family in page for s in family.samples}
+        for page in (text_string_to_metric_families(written(told)), openmetrics_families(openmetrics))
+    ]
+    assert read[0] == read[1]
+    assert openmetrics.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize("content_type", [TEXT, OPENMETRICS])
+def test_a_page_after_others_is_as_if_it_were_the_first(content_type: str) -> None:
+    """What is not written anew is what is as it was."""
+    writer = Writer(content_type)
+    for name in (*reports.ALL, *reports.ALL, "clear"):
+        told = metrics(reports.ALL[name]())
+        assert writer.page(told).decode() == written(told, content_type)
+    assert writer.page(metrics(None)).decode() == written(metrics(None), content_type)
 
 
 @pytest.mark.parametrize("name", reports.ALL)

@@ -23,7 +23,7 @@ from doctor.report import Report
 from doctor.snapshot import Absent, EngineEvent, EngineMetrics, Snapshot, Source, Unseen, Why
 from exporters import console, html, markdown, nagios
 from exporters import json as json_report
-from exporters.prometheus import Own, Tally, exposition, families
+from exporters.prometheus import OPENMETRICS, TEXT, Own, Tally, Writer, families
 from exporters.terminal import Terminal
 from rules import RULES
 
@@ -87,9 +87,9 @@ def told(report: Report) -> Iterator[tuple[str, str]]:
     """Yield every form in which a report goes out."""
     tally = Tally()
     tally.add(report)
-    page = exposition(families(report, tally, Own(version="0")))
-    yield "metrics", page.text.decode()
-    yield "openmetrics", page.openmetrics.decode()
+    metrics = tuple(families(report, tally, Own(version="0")))
+    yield "metrics", Writer(TEXT).page(metrics).decode()
+    yield "openmetrics", Writer(OPENMETRICS).page(metrics).decode()
     yield "json", json_report.render(report).decode()
     yield "html", html.render(report, "0").decode()
     yield "markdown", markdown.render(report)

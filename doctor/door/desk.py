@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from http import HTTPStatus
 
@@ -15,10 +17,13 @@ from doctor.report import Report, essential_sources
 from doctor.snapshot import Snapshot, Source
 from exporters import html
 from exporters import json as json_report
-from exporters.prometheus import OPENMETRICS, TEXT, Exposition, Own, Tally, exposition, families
+from exporters.prometheus import OPENMETRICS, TEXT, Family, Own, Tally, Writer, families
 from exporters.wording import SOURCE_NAMES, listed, plain
 
 PLAIN = "text/plain; charset=utf-8"
+
+WANTED_SECONDS = 300.0
+"""How long a form of the metrics counts as wanted: Prometheus' own patience with a series (its lookback delta)."""
 
 SAFE = {
     "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -46,23 +51,64 @@ def sentence(status: HTTPStatus, text: str, **headers: str) -> Answer:
     )
 
 
+def zipped(page: bytes) -> bytes:
+    """Return a page compressed, at the level that costs least."""
+    return gzip.compress(page, compresslevel=1, mtime=0)
+
+
+class Form(msgspec.Struct, frozen=True):
+    """How the metrics can be had."""
+
+    content_type: str
+    zipped: bool
+
+
+class Press:
+    """Makes pages of metrics in the forms that clients want. The visits and the door share it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._writers = {TEXT: Writer(TEXT), OPENMETRICS: Writer(OPENMETRICS)}
+        self._lock = threading.Lock()  # a writer remembers its last page
+        self._asked_at: dict[Form, float] = {}
+
+    def page(self, families: Sequence[Family], content_type: str) -> bytes:
+        """Return a page of these metrics."""
+        with self._lock:
+            return self._writers[content_type].page(families)
+
+    def ask(self, form: Form) -> None:
+        """Take note that somebody wants pages of this form."""
+        self._asked_at[form] = self._clock()
+
+    def wanted(self) -> tuple[Form, ...]:
+        """Return the forms that were asked for of late: they are made ready before somebody asks again."""
+        since = self._clock() - WANTED_SECONDS
+        return tuple(form for form, at in tuple(self._asked_at.items()) if at >= since)
+
+
 class Shown:
-    """What was made of one report: the metrics at once, the rest when somebody asks for it."""
+    """What is made of one report: of the metrics the forms that are wanted, the rest when somebody asks for it."""
 
-    def __init__(self, report: Report, metrics: Exposition, version: str) -> None:
+    def __init__(self, report: Report, families: tuple[Family, ...], press: Press, version: str) -> None:
         self.report = report
-        self.metrics = metrics
+        self._families = families
+        self._press = press
         self._version = version
+        self._pages: dict[Form, bytes] = {}
+        for form in press.wanted():
+            self.metrics(form)
 
-    @cached_property
-    def zipped_text(self) -> bytes:
-        """The metrics in Prometheus' text format, compressed."""
-        return gzip.compress(self.metrics.text, compresslevel=1, mtime=0)
-
-    @cached_property
-    def zipped_openmetrics(self) -> bytes:
-        """The metrics in the OpenMetrics format, compressed."""
-        return gzip.compress(self.metrics.openmetrics, compresslevel=1, mtime=0)
+    def metrics(self, form: Form) -> bytes:
+        """Return the metrics in one form."""
+        page = self._pages.get(form)
+        if page is None:
+            if form.zipped:
+                page = zipped(self.metrics(Form(form.content_type, zipped=False)))
+            else:
+                page = self._press.page(self._families, form.content_type)
+            self._pages[form] = page
+        return page
 
     @cached_property
     def json(self) -> bytes:
@@ -85,11 +131,13 @@ class Desk:
         self._tally = tally
         self._own = own
         self._optional = optional
+        self._press = Press()
 
     def show(self, report: Report) -> None:
         """Answer from this report from now on."""
         own = self._own()
-        self._board.put(Shown(report, exposition(families(report, self._tally, own)), own.version))
+        told = tuple(families(report, self._tally, own))
+        self._board.put(Shown(report, told, self._press, own.version))
 
     def why_ill(self) -> str | None:
         """Return why the daemon does not judge this node, in a sentence; None: it does."""
@@ -111,20 +159,18 @@ class Desk:
         return answer(request)
 
     def _metrics(self, request: Request) -> Answer:
-        openmetrics = accepted(request.headers.get("accept", ""), (TEXT, OPENMETRICS)) == OPENMETRICS
-        zipped = accepted(request.headers.get("accept-encoding", "identity"), ("gzip", "identity")) == "gzip"
+        kind = accepted(request.headers.get("accept", ""), (TEXT, OPENMETRICS)) or TEXT
+        coding = accepted(request.headers.get("accept-encoding", "identity"), ("gzip", "identity"))
+        form = Form(kind, zipped=coding == "gzip")
         shown = self._board.fresh()
         if shown is None:  # only what the daemon knows of itself is left, and that as of now
-            now = exposition(families(None, self._tally, self._own()))
-            body = now.openmetrics if openmetrics else now.text
-            body = gzip.compress(body, compresslevel=1, mtime=0) if zipped else body
-        elif openmetrics:
-            body = shown.zipped_openmetrics if zipped else shown.metrics.openmetrics
+            page = Writer(kind).page(families(None, self._tally, self._own()))
+            page = zipped(page) if form.zipped else page
         else:
-            body = shown.zipped_text if zipped else shown.metrics.text
-        coding = {"Content-Encoding": "gzip"} if zipped else {}
-        kind = OPENMETRICS if openmetrics else TEXT
-        return Answer(HTTPStatus.OK, kind, body, {"Vary": "Accept, Accept-Encoding", **coding})
+            self._press.ask(form)
+            page = shown.metrics(form)
+        coded = {"Content-Encoding": "gzip"} if form.zipped else {}
+        return Answer(HTTPStatus.OK, kind, page, {"Vary": "Accept, Accept-Encoding", **coded})
 
     def _health(self, request: Request) -> Answer:  # noqa: ARG002 - like the others
         ill = self.why_ill()
