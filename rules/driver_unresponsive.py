@@ -8,7 +8,7 @@ import msgspec
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
-from doctor.snapshot import NvidiaMessage, Source, Why, known
+from doctor.snapshot import Absent, NvidiaMessage, Snapshot, Source, Why, known
 from doctor.symptoms.xids import of_this_boot, xid_events
 
 GSP_XIDS = (119, 120)
@@ -41,6 +41,8 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     timed_out = why is not None and why.why is Why.TIMED_OUT
     if blocked < limits.blocked_seconds and not timed_out:
         return
+    if _is_without_driver(latest):
+        return  # the child that would ask is slow to come up on a busy node: there is nobody to be silent
     since = _silent_since(history)
     silent = latest.at - since
     evidence = [Evidence(Source.NVML.value, "first call of the visit", f"no answer for {silent:.0f} s")]
@@ -62,6 +64,12 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
         since=since,
         facts={"seconds": f"{silent:.0f}"} | ({"pid": str(tasks[0].pid)} if tasks else {}),
     )
+
+
+def _is_without_driver(snapshot: Snapshot) -> bool:
+    """Whether no NVIDIA driver is loaded."""
+    module = snapshot.host.driver_module
+    return isinstance(module, Absent) and module.why is Why.NOT_PRESENT
 
 
 def _silent_since(history: History) -> float:

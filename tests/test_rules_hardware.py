@@ -287,6 +287,15 @@ def test_an_idle_node_that_stays_silent_is_no_longer_waking() -> None:
     assert one(driver_unresponsive.RULE, nodes.each(idle, nodes.hung)).severity is Severity.CRITICAL
 
 
+def test_where_no_driver_is_loaded_none_is_silent() -> None:
+    """Seen on a busy node without a GPU: the child that would ask NVML took 8 s to come up."""
+    gone = Absent(Why.NOT_PRESENT, "the nvidia kernel module is not loaded")
+    sick = nodes.each(
+        nodes.healthy("hgx-h100-4", visits=3), lambda s: nodes.put(nodes.hung(s), host__driver_module=gone)
+    )
+    assert nodes.found(driver_unresponsive.RULE, sick) == ()
+
+
 def test_a_task_in_state_d_beside_an_answering_driver_is_no_fault() -> None:
     visits = nodes.each(
         nodes.healthy("hgx-h100-4"),
