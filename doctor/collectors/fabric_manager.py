@@ -9,7 +9,7 @@ from pathlib import Path
 from doctor.collectors import files
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
 from doctor.collectors.following import FollowedFile
-from doctor.collectors.processes import processes
+from doctor.collectors.processes import name_and_state
 from doctor.collectors.programs import answer_of
 from doctor.readers import fabric_manager_log
 from doctor.snapshot import Absent, FabricManager, FabricMessage, Maybe, NvSwitch, Source, Unseen, Why
@@ -32,6 +32,11 @@ _PACKAGE = re.compile(
 )
 
 
+def _is_the_manager(folder: str) -> bool:
+    found = name_and_state(folder)
+    return found is not None and found[0] == COMM
+
+
 class FabricManagerState:
     """The fabric manager and the NVSwitches. A node that has neither is seen all the same: it has none."""
 
@@ -45,14 +50,15 @@ class FabricManagerState:
         self._lines = 0
         self._version: str | None = None
         """Of the process that last wrote to the log."""
+        self._folder: str | None = None
+        """Of /proc: the fabric manager's, when it was last seen."""
 
     def collect(self, visit: Visit) -> Reading:  # noqa: ARG002 - the protocol's
         """Look once. Raises CannotSeeError when /proc can't be read."""
         try:
-            running = any(process.name == COMM for process in processes(self.root))
-        except (OSError, ValueError) as e:
-            why = files.why_not(e, self.root / "proc") if isinstance(e, OSError) else Absent(Why.FAILED, str(e))
-            raise CannotSeeError(why) from e
+            running = self._runs()
+        except OSError as e:
+            raise CannotSeeError(files.why_not(e, self.root / "proc")) from e
         unseen: list[Unseen] = []
         try:
             messages = self._messages()
@@ -68,6 +74,14 @@ class FabricManagerState:
             messages=messages,
         )
         return Reading(fields={"fabric_manager": state}, unseen=tuple(unseen))
+
+    def _runs(self) -> bool:
+        """Whether there is such a process. Raises OSError."""
+        if self._folder is None or not _is_the_manager(self._folder):
+            proc = self.root / "proc"
+            folders = (f"{proc}/{name}" for name in files.names_in(proc) if name.isdigit())
+            self._folder = next(filter(_is_the_manager, folders), None)
+        return self._folder is not None
 
     def _messages(self) -> tuple[FabricMessage, ...]:
         messages: list[FabricMessage] = []

@@ -13,23 +13,44 @@ from doctor.snapshot import Absent, Maybe, Why
 MOST_BYTES = 1 << 20
 """No file of /proc, /sys or a configuration that is read here is larger than a few kilobytes."""
 
+PIECE_BYTES = 64 << 10
+
 MOST_LINKS = 40
 """As the kernel's own limit of symbolic links in one path (path_resolution(7))."""
 
 T = TypeVar("T")
 
 
-def text_of(path: Path, most: int = MOST_BYTES) -> str:
+def text_of(path: str | Path, most: int = MOST_BYTES) -> str:
     """Return the beginning of a text file, at most *most* bytes; bytes that are no UTF-8 are kept escaped.
 
     Raises OSError.
     """
-    with path.open("rb", buffering=0) as file:
+    return bytes_of(path, most).decode("utf-8", "backslashreplace")
+
+
+def bytes_of(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """Return the beginning of a file, at most *most* bytes. Raises OSError.
+
+    A visit reads thousands of small files of /proc, and Python's file objects would cost more than the kernel's work.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
         pieces: list[bytes] = []
-        while most > 0 and (piece := file.read(most)):
+        while most > 0 and (piece := os.read(descriptor, min(most, PIECE_BYTES))):
             pieces.append(piece)
             most -= len(piece)
-    return b"".join(pieces).decode("utf-8", "backslashreplace")
+    finally:
+        os.close(descriptor)
+    return b"".join(pieces)
+
+
+def names_in(folder: str | Path) -> list[str]:
+    """Return the names of what is in a folder, in no order. Raises OSError.
+
+    A folder of /proc has thousands of entries; as paths they would cost more than reading them.
+    """
+    return os.listdir(folder)  # noqa: PTH208 - names, not paths
 
 
 def word_of(path: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from doctor.collectors import files
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
 from doctor.collectors.cpu_share import cpu_share, pressure_ratio
-from doctor.collectors.processes import booted_at
+from doctor.collectors.processes import booted_at, name_and_state
 from doctor.snapshot import Absent, BlockedTask, DriverGpu, Host, Maybe, Node, PciDevice, Source, Why
 
 NVIDIA = "0x10de"
@@ -190,28 +190,29 @@ def _driver_gpu(address: str, facts: Maybe[dict[str, str]]) -> DriverGpu:
 def blocked_tasks(root: Path, engine_pids: frozenset[int]) -> Maybe[tuple[BlockedTask, ...]]:
     """Return the tasks in state D that are the driver's, its tools' or an engine's."""
     blocked: list[BlockedTask] = []
+    proc = root / "proc"
     try:
-        folders = [folder for folder in (root / "proc").iterdir() if folder.name.isdigit()]
+        pids = [name for name in files.names_in(proc) if name.isdigit()]
     except OSError as e:
-        return files.why_not(e, root / "proc")
-    for folder in folders:
-        main = _name_and_state(folder)
+        return files.why_not(e, proc)
+    for pid in pids:
+        main = name_and_state(f"{proc}/{pid}")
         if main is None:
             continue
-        of_engine = int(folder.name) in engine_pids
+        of_engine = int(pid) in engine_pids
         if of_engine:
-            threads = [_name_and_state(task) for task in _tasks(folder)]
+            threads = [name_and_state(task) for task in _tasks(f"{proc}/{pid}/task")]
             states = {state for _, state in (main, *(thread for thread in threads if thread))}
         else:
             states = {main[1]}
         if "D" in states and (of_engine or _is_of_driver(main[0])):
-            blocked.append(BlockedTask(int(folder.name), main[0]))
+            blocked.append(BlockedTask(int(pid), main[0]))
     return tuple(sorted(blocked, key=lambda task: task.pid))
 
 
-def _tasks(folder: Path) -> list[Path]:
+def _tasks(folder: str) -> list[str]:
     try:
-        return list((folder / "task").iterdir())
+        return [f"{folder}/{task}" for task in files.names_in(folder)]
     except OSError:
         return []
 
@@ -219,14 +220,6 @@ def _tasks(folder: Path) -> list[Path]:
 def _is_of_driver(name: str) -> bool:
     """Whether a task is NVIDIA's by its name: `nvidia-smi`, `nv_queue`, `nv-fabricmanager`; `nvme` is a disk."""
     return name.startswith("nv") and not name.startswith("nvme")
-
-
-def _name_and_state(folder: Path) -> tuple[str, str] | None:
-    try:
-        before, _, after = files.text_of(folder / "stat", 4096).rpartition(") ")
-    except OSError:
-        return None
-    return (before.partition(" (")[2], after[:1])
 
 
 def _memory_bytes(text: str, name: str) -> int:

@@ -41,6 +41,11 @@ STATES = {
 """By the letter of /proc/PID/stat, in psutil's words (proc_pid_stat(5))."""
 
 
+KERNEL_THREAD = 0x00200000
+"""PF_KTHREAD in the flags of /proc/PID/stat (include/linux/sched.h): most of a large machine's processes, and none has a
+command line."""
+
+
 class Process(msgspec.Struct, frozen=True, kw_only=True):
     """A process as /proc shows it to anyone."""
 
@@ -70,23 +75,25 @@ def booted_at(root: Path) -> float:
     raise ValueError(msg)
 
 
-def process_of(folder: Path, boot: float, before: Mapping[int, Process] | None = None) -> Process | None:
+def process_of(folder: str, boot: float, before: Mapping[int, Process] | None = None) -> Process | None:
     """Return the process of a folder of /proc, or None when it is gone or not understood.
 
     *before*: what is known from an earlier look. A process that hangs in the kernel is known by that alone: reading
     its command line waits for its memory map, and whoever reads may hang with it.
     """
     try:
-        stat = files.text_of(folder / "stat", 4096)
+        stat = files.text_of(f"{folder}/stat", 4096)
         pid, _, rest = stat.partition(" (")
         name, _, fields = rest.rpartition(") ")  # the name itself may hold blanks and brackets
-        words = fields.split()
+        words = fields.split(None, 20)
         started_at = round(boot + int(words[19]) / TICKS_PER_SECOND, 2)
         if words[0] == "D":
             earlier = (before or {}).get(int(pid))
             arguments = earlier.arguments if earlier is not None and earlier.started_at == started_at else ()
+        elif int(words[6]) & KERNEL_THREAD:
+            arguments = ()
         else:
-            arguments = _arguments((folder / "cmdline").read_bytes())
+            arguments = _arguments(files.bytes_of(f"{folder}/cmdline"))
         return Process(
             pid=int(pid),
             parent=int(words[1]),
@@ -100,6 +107,15 @@ def process_of(folder: Path, boot: float, before: Mapping[int, Process] | None =
         return None
 
 
+def name_and_state(folder: str) -> tuple[str, str] | None:
+    """Return the kernel's name of a process or thread and its state's letter; None: it is gone."""
+    try:
+        before, _, after = files.text_of(f"{folder}/stat", 4096).rpartition(") ")
+    except OSError:
+        return None
+    return (before.partition(" (")[2], after[:1])
+
+
 def _arguments(command: bytes) -> tuple[str, ...]:
     text = command.decode("utf-8", "backslashreplace")
     if "\0" in text.rstrip("\0 "):
@@ -111,8 +127,9 @@ def _arguments(command: bytes) -> tuple[str, ...]:
 def processes(root: Path, before: Mapping[int, Process] | None = None) -> Iterator[Process]:
     """Yield the processes of a root; *before* as in `process_of`. Raises OSError when /proc can't be read."""
     boot = booted_at(root)
-    for folder in (root / "proc").iterdir():
-        process = process_of(folder, boot, before) if folder.name.isdigit() else None
+    proc = root / "proc"
+    for name in files.names_in(proc):
+        process = process_of(f"{proc}/{name}", boot, before) if name.isdigit() else None
         if process is not None:
             yield process
 
