@@ -451,7 +451,7 @@ def test_a_file_is_followed_across_renames(tmp_path: Path) -> None:
     path.write_bytes(b"four\n")
     pieces = list(file.pieces())
     assert b"".join(piece.data for piece in pieces) == b"two\nthree\nfour\n"
-    assert [(piece.joins, piece.line) for piece in pieces] == [(True, 0), (False, 1)]
+    assert [(piece.joins, piece.line) for piece in pieces] == [(True, 2), (False, 1)]
     file.close()
 
 
@@ -521,9 +521,9 @@ def test_the_head_is_the_last_start_of_the_program(tmp_path: Path) -> None:
 
 def test_what_comes_faster_than_the_bound_waits_for_the_next_visit(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    path.write_bytes(b"0123456789")
-    file = FollowedFile(path, most_bytes=4)
-    assert [bytes_of(file) for _ in range(4)] == [b"0123", b"4567", b"89", b""]
+    path.write_bytes(b"one\ntwo\nthree\n")
+    file = FollowedFile(path, most_bytes=8)
+    assert [(bytes_of(file), file.behind_bytes) for _ in range(3)] == [(b"one\ntwo\n", 6), (b"three\n", 0), (b"", 0)]
     file.close()
 
 

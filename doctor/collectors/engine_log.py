@@ -6,6 +6,7 @@ import datetime
 import os
 import re
 import stat
+import time
 import zoneinfo
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ MOST_LOGS = 16
 IDENTITY_MARKER = b"non-default args:"
 """Stands near the beginning of what vLLM says of itself at each start (0.9 and newer)."""
 
+READ_SECONDS = 3.0
+"""For all logs of a visit together: half of its deadline. What is left is read at the next visits."""
+
 REMEDY = 'name it in the configuration: [engine] logs = ["/path/of/the.log"]'
 
 CONTAINER_LOGS = (
@@ -48,8 +52,13 @@ class _Log(Protocol):
     name: str
     """As `Engine.log` says it."""
 
-    def read(self, at: float) -> LogReading:
-        """Return what is new. Raises OSError or CannotSeeError."""
+    def read(self, at: float, seconds: float) -> LogReading:
+        """Return what is new, as much of it as can be read in this time. Raises OSError or CannotSeeError."""
+        ...
+
+    @property
+    def behind_bytes(self) -> int:
+        """What was left for the next reading."""
         ...
 
     @property
@@ -70,16 +79,19 @@ class _FileLog:
         path: Path,
         utc_offset_seconds: float,
         *,
+        beside: Path | None = None,
         patterns: Sequence[LogPattern],
         places: Iterable[str],
     ) -> None:
         self.name = name
-        self.file = FollowedFile(path, marker=IDENTITY_MARKER)
+        self.file = FollowedFile(path, beside=beside, marker=IDENTITY_MARKER)
         self.file.go_on(places)
         self._shown = Path(shown).name
         self._utc_offset_seconds = utc_offset_seconds
         self._patterns = patterns
         self._reader = self._begun(1)
+        self._told: list[LogReading] = []
+        """What was read of earlier files, and not taken yet: the one that followed could not be opened."""
 
     def _begun(self, line: int) -> LogReader:
         shown = self._shown if line else f"end of {self._shown}"
@@ -91,18 +103,22 @@ class _FileLog:
             patterns=self._patterns,
         )
 
-    def read(self, at: float) -> LogReading:
-        before: list[LogReading] = []
-        for piece in self.file.pieces():
+    def read(self, at: float, seconds: float) -> LogReading:
+        for piece in self.file.pieces(time.monotonic() + seconds):
             if not piece.joins:
-                before.append(self._reader.finish())
+                self._told.append(self._reader.finish())
                 self._reader = self._begun(piece.line)
             self._reader.feed(piece.data, at)
-        return _one([*before, self._reader.take()])
+        told, self._told = self._told, []
+        return _one([*told, self._reader.take()])
 
     @property
     def place(self) -> str:
         return self.file.place
+
+    @property
+    def behind_bytes(self) -> int:
+        return self.file.behind_bytes
 
     def is_of(self, path: Path) -> bool:
         """Whether this is the log of *path*: by its name, or because both names mean one file."""
@@ -131,6 +147,8 @@ def _state_of(path: Path) -> os.stat_result | None:
 class _JournalLog:
     """A systemd unit's lines in the journal."""
 
+    behind_bytes = 0
+
     def __init__(self, unit: str, directory: Path | None, patterns: Sequence[LogPattern], cursor: str) -> None:
         self.name = f"journal:{unit}"
         self._reader = LogReader(self.name, patterns=patterns)  # journalctl is asked for UTC
@@ -138,7 +156,7 @@ class _JournalLog:
         self._arguments += [f"--unit={unit}"] + ([f"--directory={directory}"] if directory else [])
         self._cursor: str | None = cursor or None
 
-    def read(self, at: float) -> LogReading:
+    def read(self, at: float, seconds: float) -> LogReading:  # noqa: ARG002 - the protocol's
         since = [f"--after-cursor={self._cursor}"] if self._cursor else ["--boot=0", "--lines=50000"]
         answer = answer_of([*self._arguments, *since], 4.0)
         cursor = _CURSOR.search(answer)
@@ -216,7 +234,11 @@ class EngineLogs:
         for log in self._followed[MOST_LOGS:]:
             log.close()
         del self._followed[MOST_LOGS:]
-        readings = [self._read(log, visit.at, unseen) for log in self._followed]
+        until = time.monotonic() + READ_SECONDS
+        readings = [
+            self._read(log, visit.at, (until - time.monotonic()) / left, unseen)
+            for log, left in zip(self._followed, range(len(self._followed), 0, -1), strict=True)
+        ]
         seen = [reading for reading in readings if reading is not None]
         if not seen:
             raise CannotSeeError(
@@ -235,13 +257,18 @@ class EngineLogs:
             unseen=tuple(unseen),
         )
 
-    def _read(self, log: _Log, at: float, unseen: list[Unseen]) -> LogReading | None:
+    def _read(self, log: _Log, at: float, seconds: float, unseen: list[Unseen]) -> LogReading | None:
         try:
-            return log.read(at)
+            reading = log.read(at, seconds)
         except OSError as e:
             unseen.append(Unseen(self.source, files.why_not(e, log.name), f"log {log.name}"))
         except CannotSeeError as e:
             unseen.append(Unseen(self.source, e.why, f"log {log.name}"))
+        else:
+            if log.behind_bytes:
+                left = f"written faster than it is read: {log.behind_bytes / 1e6:.0f} MB wait for the next visits"
+                unseen.append(Unseen(self.source, Absent(Why.PASSED_OVER, left), f"end of {log.name}"))
+            return reading
         return None
 
     def _named(self, at: float) -> Iterator[_Log]:
@@ -294,7 +321,9 @@ class EngineLogs:
         for log in (*wanted, *self._followed):
             if isinstance(log, _FileLog) and log.is_of(source.path):
                 return log
-        return _FileLog(name, source.name, source.path, offset, patterns=self.patterns, places=self._places())
+        return _FileLog(
+            name, source.name, source.path, offset, beside=source.beside, patterns=self.patterns, places=self._places()
+        )
 
     def close(self) -> None:
         """Let go of every log."""
@@ -309,6 +338,8 @@ class _Output(msgspec.Struct, frozen=True):
     name: str
     path: Path | None = None
     """None: to something that is no file."""
+    beside: Path | None = None
+    """Where it stands among its rotated files, if not at the path."""
 
 
 def _outputs(root: Path, pid: int) -> list[_Output] | Absent:
@@ -323,13 +354,17 @@ def _outputs(root: Path, pid: int) -> list[_Output] | Absent:
             return Absent(Why.NO_PERMISSION, f"where the engine's output goes: run as root, or {REMEDY}")
         except OSError:  # closed
             continue
+        if not target.startswith("/"):  # a pipe, a socket
+            found.setdefault(target, _Output(target.partition(":")[0]))
+            continue
+        inside = files.within(root / f"proc/{pid}/root", target)
         # The kernel's link leads to the open file itself, wherever it was renamed to, and out of any container.
-        path = descriptor if real else files.within(root / f"proc/{pid}/root", target)
+        path = descriptor if real else inside
         state = _state_of(path)
-        if target.startswith("/") and state is not None and stat.S_ISREG(state.st_mode):
-            found.setdefault(target, _Output(target.removesuffix(" (deleted)"), path))
+        if state is not None and stat.S_ISREG(state.st_mode):
+            found.setdefault(target, _Output(target.removesuffix(" (deleted)"), path, inside))
         else:
-            found.setdefault(target, _Output(target if target.startswith("/") else target.partition(":")[0]))
+            found.setdefault(target, _Output(target))
     return list(found.values())
 
 
