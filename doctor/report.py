@@ -23,7 +23,7 @@ class Verdict(enum.Enum):
     WARNING = "warning"
     CRITICAL = "critical"
     INCOMPLETE = "incomplete"
-    """Nothing fired, and an essential source was unseen, or a rule could not be asked at all."""
+    """Nothing fired, and an essential source was unseen, or a rule could not be asked at all, or saw what it can't tell."""
 
     @property
     def exit_code(self) -> int:
@@ -134,7 +134,7 @@ def verdict_of(
     optional: frozenset[Source],
     unjudged: Iterable[Unjudged] = (),
 ) -> Verdict:
-    """Return the verdict: the worst finding's, else whether something essential was unseen or a rule is broken."""
+    """Return the verdict: the worst finding's, else whether something essential was unseen or a rule could not tell."""
     worst = max((f.severity for f in findings if f.severity is not None), default=None)
     if worst is not None and worst > Severity.NOTICE:
         return Verdict.CRITICAL if worst is Severity.CRITICAL else Verdict.WARNING
@@ -142,7 +142,7 @@ def verdict_of(
         why = snapshot.why_unseen(source)
         if why is not None and why.why is not Why.NOT_GIVEN:
             return Verdict.INCOMPLETE
-    if any(answer.why.why is Why.BROKEN for answer in unjudged):
+    if any(answer.why.why in (Why.BROKEN, Why.NOT_KNOWN) for answer in unjudged):
         return Verdict.INCOMPLETE
     return Verdict.CLEAR if worst is None else Verdict.NOTICE
 

@@ -168,6 +168,8 @@ def headline(report: Report, width: int | None = None) -> str:
         spots, broken = _blind_spots(report), broken_rules(report)
         blind = [f"{listed(spots)} could not be seen"] if spots else []
         blind += [f"{listed(broken, most=2)} could not be asked"] if broken else []
+        untold = [plain(unjudged.failure_mode) for unjudged in report.unjudged if unjudged.why.why is Why.NOT_KNOWN]
+        blind += [f"{listed(untold, most=2)} could not be judged"] if untold else []
         text = f"{fired} fired, but {listed(blind) or 'an essential source could not be seen'}"
         if _has_no_driver(report):
             others = listed(spot for spot in spots if spot != SOURCE_NAMES[Source.NVML])

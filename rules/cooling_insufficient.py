@@ -85,6 +85,10 @@ def _heat(history: History, gpu: Gpu, limits: Limits) -> Heat | None:
         if slowed:
             text = f"was in {'hardware' if kind == 'hw' else 'software'} thermal slowdown {slowed.text}"
             return Heat(gpu, f"{text} at {_celsius(gpu)}", (slowed, *evidence), severity)
+    now, most = gpu.thermal.gpu_celsius, gpu.thermal.gpu_max_celsius
+    if known(now) and known(most) and now > most:
+        text = f"is at {now:.0f} °C, above the {most:.0f} °C that it may reach in operation"
+        return Heat(gpu, text, evidence, Severity.WARNING)
     return _near(history, gpu, limits, evidence)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import msgspec
 
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, facts_of_gpu, rule
-from doctor.snapshot import Gpu, Source, known
+from doctor.snapshot import Gpu, NvidiaMessage, Source, known
 from doctor.symptoms.draw import limit_of
 from doctor.symptoms.engine_groups import engine_of_gpu, rank_groups
 from doctor.symptoms.names import gpu_at, name_at, name_of
-from doctor.symptoms.xids import answered_since, was_recovered, xid_events
+from doctor.symptoms.xids import AGAIN_SECONDS, answered_since, of_this_boot, was_recovered, xid_events
 from rules.tables.xids import XIDS, codes_of
 
 HANGS = codes_of("gpu-hung")
@@ -47,7 +48,7 @@ class Limits(msgspec.Struct, frozen=True):
     limits=Limits(),
 )
 def RULE(history: History, limits: Limits) -> Iterator[Finding]:
-    """Take the driver's word; without one, a GPU alone among its ranks that is busy for a minute and draws nothing."""
+    """Take the driver's word, an Xid or what it says without one; else a GPU alone among its ranks that is busy for a minute and draws nothing."""
     events = [e for e in xid_events(history) if e.code in HANGS]
     over = {
         e
@@ -72,7 +73,40 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
             facts=dict(facts_of_gpu(gpu.index, pci_address, gpu.uuid)) if gpu else {"pci-address": pci_address},
         )
     if not events:
+        yield from _by_words(history) if not over else ()
         yield from _by_signature(history, limits)
+
+
+def _by_words(history: History) -> Iterator[Finding]:
+    """Take what the driver says of a GPU's system processor where no Xid stands beside it.
+
+    The lines name no address; where NVML reads every GPU at a later visit, they are past.
+    """
+    said = [e for e in of_this_boot(history) if isinstance(e, NvidiaMessage) and e.kind == "gsp-timeout"]
+    if not said:
+        return
+    latest, last = history.latest, said[-1].at
+    alive = bool(latest.gpus) and all(gpu.lost is False and known(gpu.thermal.gpu_celsius) for gpu in latest.gpus)
+    if last is not None and alive and latest.at >= last + AGAIN_SECONDS:
+        return
+    first = said[0]
+    only_heart = all("eartbeat" in line.text for line in said)
+    yield Finding(
+        summary=f"{_spoken_of(first)}: its system processor (GSP) "
+        + ("has missed its heartbeat" if only_heart else "does not answer the driver"),
+        evidence=tuple(Evidence(Source.KERNEL_LOG.value, line.where, line.text) for line in said[:4]),
+        confidence=Confidence.MEDIUM,
+        # guess: a late heartbeat alone may come back, a call that was given up does not
+        severity=Severity.WARNING if only_heart else None,
+        since=first.at,
+    )
+
+
+def _spoken_of(line: NvidiaMessage) -> str:
+    number = re.search(r"\bGPU ?(\d{1,3})\b", line.text)
+    if line.pci_address:
+        return f"The GPU at {line.pci_address}"
+    return f"The driver's GPU {number[1]}" if number else "A GPU"
 
 
 def _by_signature(history: History, limits: Limits) -> Iterator[Finding]:

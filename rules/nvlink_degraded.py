@@ -18,6 +18,9 @@ LEAST_SWITCHED = 4
 """A GPU with two or more peers at this many links each sits on a switch or in an even mesh (HGX A100 4-GPU: NV4;
 HGX H100 4-GPU: NV6; switches: NV8 and more). Bridged pairs have one such peer; V100 cube meshes stay at NV2."""
 
+MOST_BRIDGED = 12
+"""Links of a PCIe card, all down for ever where it has no bridge (H100 and A100 PCIe; H200 NVL alone has 18)."""
+
 
 class Shortfall(msgspec.Struct, frozen=True, kw_only=True):
     """A GPU with fewer links than it should have."""
@@ -52,8 +55,25 @@ def RULE(history: History, limits: NoLimits) -> Iterator[Finding | Absent]:  # n
     short = (*_by_link(history), *_by_matrix(history.latest, counted))
     if short:
         yield _finding(history, short)
+    elif partly := _partly_linked(history):
+        yield Absent(
+            Why.NOT_KNOWN,
+            f"{names_of(history.latest, partly)}: NVLinks are down, and how many this product has is not known here",
+        )
     elif not counted and not history.latest.pairs and any(_should_have_links(g) for g in history.latest.gpus):
         yield Absent(Why.NOT_ASKED, "neither the links of the GPUs nor the matrix between them was seen")
+
+
+def _partly_linked(history: History) -> list[str]:
+    """Return the GPUs of no product that we know which have links of both kinds, or are nameless and more than bridged."""
+    return [
+        count.gpu
+        for count in link_counts(history)
+        if count.down
+        and (gpu := history.latest.gpu(count.gpu)) is not None
+        and product_of(gpu) is None
+        and (count.active or (not known(gpu.name) and len(count.down) > MOST_BRIDGED))
+    ]
 
 
 def _should_have_links(gpu: Gpu) -> bool:
@@ -69,8 +89,11 @@ def _by_link(history: History) -> Iterator[Shortfall]:
         if gpu is None or not count.down:
             continue
         full = product.nvlinks if product is not None and product.has_board_nvlink else 0
+        confidence = Confidence.HIGH
         if count.active < full and not _is_slice_of_mesh(history.latest, count.active, full):
             down, expected = count.down, full
+        elif product is None and 0 < count.active < (most := _most_of_its_kind(history, gpu)):
+            down, expected, confidence = count.down, most, Confidence.MEDIUM
         elif count.gpu in fallen:  # a bridge that worked at an earlier visit
             down = fallen[count.gpu]
             expected = count.active + len(down)
@@ -85,8 +108,14 @@ def _by_link(history: History) -> Iterator[Shortfall]:
             down=down,
             far_ends=count.far_ends,
             evidence=proof,
-            confidence=Confidence.HIGH,
+            confidence=confidence,
         )
+
+
+def _most_of_its_kind(history: History, gpu: Gpu) -> int:
+    """Return the most links that a GPU of this name has here; no board that we know gives its GPUs different numbers."""
+    alike = {g.uuid for g in history.latest.gpus if known(g.name) and g.name == gpu.name}
+    return max((count.active for count in link_counts(history) if count.gpu in alike), default=0)
 
 
 def _is_slice_of_mesh(snapshot: Snapshot, active: int, full: int) -> bool:

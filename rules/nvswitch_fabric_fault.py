@@ -72,8 +72,14 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
         yield _finding(troubles)
     elif switches and history.latest.why_unseen(Source.FABRIC_MANAGER) is not None:
         yield Absent(Why.NOT_ASKED, "this board has NVSwitches, and its fabric manager was not seen")
-    elif switches is None and history.latest.fabric_manager.running is False:
-        yield Absent(Why.NOT_GIVEN, "the fabric manager does not run; whether this board needs it was not seen")
+    elif switches is None and history.latest.fabric_manager.running is False and _may_need_manager(history.latest):
+        yield Absent(Why.NOT_KNOWN, "the fabric manager does not run; whether this board needs it was not seen")
+
+
+def _may_need_manager(snapshot: Snapshot) -> bool:
+    """Whether these GPUs may be linked through NVSwitches: boards that we don't know may."""
+    products = [product_of(gpu) for gpu in snapshot.gpus]
+    return not products or any(product is None or product.has_board_nvlink for product in products)
 
 
 def _switches_may_be_hidden(snapshot: Snapshot) -> bool:
@@ -110,8 +116,19 @@ def _manager(history: History, limits: Limits) -> Iterator[Trouble]:
 
 
 def _manager_of_some_board(history: History) -> Iterator[Trouble]:
-    """Yield a manager that failed where nothing tells whether this board needs one; "nothing to do" says that it does not."""
+    """Yield a manager that does not run where nothing tells whether this board needs one; "nothing to do" says that it does not."""
     manager = history.latest.fabric_manager
+    gpus = history.latest.gpus
+    linked = [gpu for gpu in gpus if (product := product_of(gpu)) is not None and product.has_board_nvlink]
+    # A virtual machine with one GPU of a board: the manager runs outside it.
+    if len(linked) > 1 and manager.running is False and manager.unit_state != "failed":
+        state = f"its unit is {manager.unit_state}" if known(manager.unit_state) else "there is no such unit"
+        yield Trouble(
+            "the fabric manager does not run, and a board of these GPUs with NVSwitches (HGX, DGX) needs it",
+            Evidence(Source.FABRIC_MANAGER.value, "nvidia-fabricmanager.service", f"no process; {state}"),
+            Confidence.LOW,
+            Severity.WARNING,
+        )
     if manager.unit_state == "failed" and all(m.kind != "nothing-to-do" for m in standing_messages(history)):
         yield Trouble(
             "the fabric manager has failed; whether this board has NVSwitches, and so needs it, was not seen",

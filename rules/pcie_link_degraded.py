@@ -42,10 +42,31 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
         if signs:
             yield Finding(
                 summary=f"{name_of(gpu)}: {'; '.join(text for _, text in signs)}",
-                evidence=tuple(Evidence(Source.NVML.value, f"GPU {gpu.index}: {field}", text) for field, text in signs),
+                evidence=tuple(Evidence(*_place(gpu, field), text) for field, text in signs),
+                severity=None if _is_told_apart(history, gpu) else Severity.NOTICE,
                 subject=Subject(gpus=(gpu.uuid,)),
                 facts=dict(facts_of_gpu(gpu.index, gpu.pci_address if known(gpu.pci_address) else None, gpu.uuid)),
             )
+
+
+def _place(gpu: Gpu, field: str) -> tuple[str, str]:
+    """Return source and place of a value of the link."""
+    told_by = gpu.pcie.told_by
+    if told_by == "lspci" and known(gpu.pci_address):
+        return Source.HOST.value, f"lspci, {gpu.pci_address}: {field}"
+    return (told_by or Source.NVML.value), f"GPU {gpu.index}: {field}"
+
+
+def _is_told_apart(history: History, gpu: Gpu) -> bool:
+    """Whether the link is slower than the slot's own: in a virtual machine the slot is not seen, only the neighbours are.
+
+    Clouds pass GPUs through at half width by design (T4 and A10G at x8 of x16 on AWS g4dn and g5).
+    """
+    latest = history.latest
+    if latest.host.virtual_machine is not True:
+        return True
+    widths = [other.pcie.width for other in latest.gpus if other.uuid != gpu.uuid and other.name == gpu.name]
+    return any(known(width) and known(gpu.pcie.width) and width > gpu.pcie.width for width in widths)
 
 
 def _width(gpu: Gpu) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,7 @@ KINDS = {
     "smi-L": "smi-list",
     "dmon": "dmon",
     "smi-table": "smi-table",
-    "smi-csv": "smi-csv",
+    "smi-csv": "smi-lists",
     "help": "smi-help",
     "lspci": "lspci",
     "kmsg": "kernel-log",
@@ -97,7 +97,7 @@ def test_a_healthy_node_gets_no_warning_and_a_sick_one_its_finding(row: dict[str
         assert report.verdict in {Verdict.CLEAR, Verdict.NOTICE}, [r.finding.summary for r in report.findings]
 
 
-UNJUDGED = {"smi-csv", "smi-help", "dmon", "gpud"}
+UNJUDGED = {"smi-lists", "smi-help", "dmon", "gpud"}
 """Kinds that no rule reads."""
 
 

@@ -283,3 +283,115 @@ def test_a_large_python_that_the_kernel_took_is_an_engine_where_none_is_seen(tmp
     line = "[ 99.1] Out of memory: Killed process 41 (python3) total-vm:5kB, anon-rss:{}kB, file-rss:0kB\n"
     assert first(tmp_path, line.format(400 << 20)) == "worker-killed"
     assert not judged(tmp_path, line.format(1 << 20)).roots
+
+
+LINKS = "GPU {n}: Tesla V100-SXM2-32GB (UUID: GPU-{n})\n" + "".join(f"\t Link {i}: {{{i}}}\n" for i in range(6))
+UP, OFF = "25.781 GB/s", "<inactive>"
+
+
+def links(n: int, *states: str) -> str:
+    return LINKS.replace("{n}", str(n)).format(*states)
+
+
+def test_links_that_are_off_on_a_board_that_we_do_not_know_are_never_clear(tmp_path: Path) -> None:
+    report = judged(tmp_path, links(3, UP, UP, UP, OFF, UP, OFF))
+    assert report.verdict is Verdict.INCOMPLETE
+    assert any("NVLinks are down" in unjudged.why.detail for unjudged in report.unjudged)
+    assert judged(tmp_path, links(3, *[UP] * 6)).verdict is Verdict.CLEAR
+    assert judged(tmp_path, links(3, *[OFF] * 6)).verdict is Verdict.CLEAR  # a card without a bridge
+
+
+def test_a_gpu_with_fewer_links_than_its_neighbours_is_degraded_whatever_it_is(tmp_path: Path) -> None:
+    assert first(tmp_path, links(0, *[UP] * 6) + links(1, UP, UP, OFF, OFF, UP, UP)) == "nvlink-degraded"
+
+
+def test_dcgms_table_of_links_is_read(tmp_path: Path) -> None:
+    def shown(letters: str, count: int) -> str:
+        row = " ".join(letters * count)
+        return f"|  NvLink Link Status  |\n+---+\nGPUs:\n    gpuId 0:\n        {row}\n    gpuId 1:\n        {row}\n"
+
+    smi = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\n"
+    assert judged(tmp_path, shown("D", 18)).verdict is Verdict.INCOMPLETE
+    assert judged(tmp_path, shown("U", 18)).verdict is Verdict.CLEAR
+    assert first(tmp_path, shown("D", 18) + smi) == "nvlink-degraded"
+
+
+@pytest.mark.parametrize(
+    ("line", "severity"),
+    [
+        ("NVRM: GPU3 _kgspIsHeartbeatTimedOut: Heartbeat timed out, diff 6001 timeout 5200", "WARNING"),
+        ("NVRM: GPU3 _kgspLogRpcTimeout: ****************** GSP Timeout ******************", "CRITICAL"),
+        ("NVRM: GPU3 RPC event history (CPU <- GSP):", "CRITICAL"),
+    ],
+)
+def test_a_silent_system_processor_without_an_xid_is_a_hang(tmp_path: Path, line: str, severity: str) -> None:
+    report = judged(tmp_path, f"[   24.302465] {line}\n")
+    assert [r.finding.failure_mode for r in report.roots] == ["gpu-hung"]
+    assert report.verdict.name == severity
+    assert "GPU 3" in report.roots[0].finding.summary
+
+
+STOPPED = "○ nvidia-fabricmanager.service - NVIDIA fabric manager service\n     Active: inactive (dead)\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "verdict"),
+    [
+        ("NVIDIA Q900 SXM9", 8, Verdict.INCOMPLETE),
+        ("NVIDIA A100-SXM4-80GB", 8, Verdict.WARNING),
+        ("NVIDIA A100-SXM4-80GB", 1, Verdict.INCOMPLETE),
+        ("NVIDIA L40S", 4, Verdict.CLEAR),
+        ("", 0, Verdict.INCOMPLETE),
+    ],
+)
+def test_a_fabric_manager_that_does_not_run_is_clear_only_where_no_board_needs_it(
+    tmp_path: Path, name: str, gpus: int, verdict: Verdict
+) -> None:
+    smi = "".join(f"GPU {n}: {name} (UUID: GPU-{n})\n" for n in range(gpus))
+    report = judged(tmp_path, STOPPED + smi)
+    assert report.verdict is verdict, [r.finding.summary for r in report.findings]
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ("Thermal violations totaling 4.2 seconds started at 9.7 seconds into the test for GPU 2", "cooling-insufficient"),
+        ("Detected 1.5 seconds of thermal violations in the last minute for GPU 2.", "cooling-insufficient"),
+        ("Temperature 96 of GPU 2 exceeded user-specified maximum allowed temperature 90", "cooling-insufficient"),
+        ("There were thermal violations totaling 0.0 seconds for GPU 2", "clear"),
+        ("Thermal violations on this host", "incomplete"),
+    ],
+)  # fmt: skip
+def test_what_dcgm_says_of_heat_is_judged_where_it_names_a_gpu(tmp_path: Path, words: str, mode: str) -> None:
+    assert first(tmp_path, diag("Targeted Stress", words)) == mode
+
+
+def test_a_complaint_of_dcgm_without_its_result_is_read(tmp_path: Path) -> None:
+    row = "| Error                     | GPU 3 has uncorrectable memory errors and row  |\n|                           |  remappings are pending                        |\n"
+    assert first(tmp_path, "|-----  Deployment  --------+----------------|\n" + row) == "gpu-memory-faulty"
+
+
+def test_a_gpu_passed_through_to_a_virtual_machine_is_not_blamed_for_half_a_slot_alone(tmp_path: Path) -> None:
+    def report(mode: str, *widths: int) -> Report:
+        gpus = "".join(
+            f"GPU 00000000:0{n}:1E.0\n    Product Name : NVIDIA A10G\n    GPU UUID : GPU-{n}\n    GPU Virtualization Mode\n"
+            f"        Virtualization Mode : {mode}\n    PCI\n        GPU Link Info\n            Link Width\n"
+            f"                Max : 16x\n                Current : {width}x\n"
+            for n, width in enumerate(widths)
+        )
+        return judged(tmp_path, f"==============NVSMI LOG==============\n\nAttached GPUs : {len(widths)}\n{gpus}")
+
+    assert report("Pass-Through", 8, 8).verdict is Verdict.NOTICE
+    assert report("Pass-Through", 16, 8).verdict is Verdict.WARNING
+    assert report("None", 8, 8).verdict is Verdict.WARNING
+
+
+def test_what_lspci_tells_of_a_link_is_lspcis_evidence(tmp_path: Path) -> None:
+    text = (
+        "18:00.0 3D controller [0302]: NVIDIA Corporation GH100 [H100] [10de:2330] (rev a1)\n"
+        "\tLnkCap:\tPort #0, Speed 32GT/s, Width x16, ASPM not supported\n"
+        "\tLnkSta:\tSpeed 32GT/s, Width x8 (downgraded)\n"
+    )
+    (found,) = judged(tmp_path, text).findings
+    assert found.finding.failure_mode == "pcie-link-degraded"
+    assert {(e.source, e.where) for e in found.finding.evidence} == {("host", "lspci, 0000:18:00.0: PCIe link width")}

@@ -32,9 +32,11 @@ from doctor.readers import (
     kernel_log,
     lspci,
     model_config,
+    nvidia_smi_csv,
     nvidia_smi_list,
     nvidia_smi_q,
     nvidia_smi_table,
+    nvidia_smi_xml,
     p2p_matrix,
     systemctl_status,
     topo_matrix,
@@ -269,6 +271,24 @@ def _matches(pattern: str) -> Callable[[str], _Spans]:
     return lambda text: (match.span() for match in compiled.finditer(text))
 
 
+_CSV_ANCHORS = tuple(
+    column.encode()
+    for column in (
+        *("uuid, ", "name, ", "index, ", "timestamp, ", "driver_version", "memory.", "temperature.", "utilization."),
+        *(
+            "power.",
+            "clocks",
+            "ecc.",
+            "remapped_rows.",
+            "retired_pages.",
+            "pcie.link.",
+            "fabric.",
+            "pstate",
+            "--query-gpu",
+        ),
+    )
+)
+
 _KINDS = (
     _Kind("collect-env", (b"PyTorch version", b"System Info"), collect_env.find),
     _Kind(
@@ -282,6 +302,7 @@ _KINDS = (
         ),
         nvidia_smi_q.find,
     ),
+    _Kind("smi-xml", (b"<nvidia_smi_log", b'<gpu id="'), nvidia_smi_xml.find),
     _Kind("p2p", (b"GPU0",), p2p_matrix.find),
     _Kind("topo", (b"GPU0",), topo_matrix.find),
     _Kind("smi-table", (b"| NVIDIA-SMI ",), nvidia_smi_table.find),
@@ -308,10 +329,14 @@ _KINDS = (
         (b'"--query-gpu"',),
         _matches(r'^List of valid properties to query for the switch "--query-gpu(?:.*\n)*'),
     ),
+    _Kind("smi-csv", _CSV_ANCHORS, nvidia_smi_csv.find),
     _Kind(
-        "smi-csv",
-        (b"gpu_uuid", b"gpu_name", b"index, ", b"utilization.gpu"),
-        _matches(r"^(?:timestamp|index|name|gpu_\w+|uuid), \S.*\n(?:[^\n]*, [^\n]*\n?)*"),
+        "smi-lists",
+        (b"pid, ", b", pid", b"used_gpu_memory", b"retired_pages.address"),
+        _matches(
+            r"^(?:timestamp|gpu_\w+|pid|process_name|used_(?:gpu_)?memory), "
+            r"[^\n]*(?:pid|used_gpu_memory|retired_pages)[^\n]*\n(?:[^\n]*, [^\n]*\n?)*"
+        ),
     ),
     _Kind(
         "smi-refusal",
@@ -322,14 +347,23 @@ _KINDS = (
         ),
     ),
     _Kind("dmon", (b"# gpu ",), _matches(r"^# gpu +(?:\w+ +)+\n(?:(?:#|\s+\d)[^\n]*\n?)*")),
-    _Kind("dcgm", (b"| Pass", b"| Fail", b"| Warn", b"Overall Health"), dcgm.find),
+    _Kind("dcgm-links", (b"NvLink Link Status",), dcgm.find_links),
+    _Kind("dcgm", (b"| Pass", b"| Fail", b"| Warn", b"| Error", b"Overall Health"), dcgm.find),
     _Kind("gpud", (b"fabric state: GPU ",), _matches(r"^.*\bfabric state: GPU \S+: state=[^\n]*")),
 )
 """In the order in which they are cut out: a collect-env holds a topology."""
 
+_SMI_REPORTS: Mapping[str, Callable[[str], tuple[nvidia_smi_q.SmiReport, ...]]] = {
+    "smi-q": lambda text: (nvidia_smi_q.read(text),),
+    "smi-xml": lambda text: (nvidia_smi_xml.read(text),),
+    "smi-table": lambda text: (nvidia_smi_table.read(text),),
+    "smi-csv": nvidia_smi_csv.reports,
+}
+"""Kind → what nvidia-smi says of the GPUs there, one report a look."""
+
 _UNREAD = {
     "smi-help": "nvidia-smi --help",
-    "smi-csv": "nvidia-smi --query",
+    "smi-lists": "nvidia-smi --query-compute-apps or --query-retired-pages",
     "dmon": "nvidia-smi dmon",
     "gpud": "gpud",
 }
@@ -524,17 +558,22 @@ class _Gathered:
             tests = dcgm.read(text)
             self.dcgm.append(tests)
             self.complaints += [f"{name}:{line}: DCGM says what no rule judges: {words}" for words in tests.unjudged]
+        elif kind == "dcgm-links":
+            gpus = dcgm.read_links(text)
+            if not gpus:
+                return False
+            self.listed.append(gpus)
         elif kind == "lspci-links":
             links = lspci.read_links(text)
             if not links:
                 return False
             self.pci_links += links
             self.pci += [link.device for link in links if link.device is not None]
-        elif kind in {"smi-q", "smi-table"}:
-            report = (nvidia_smi_q if kind == "smi-q" else nvidia_smi_table).read(text)
-            if not report.gpus and not known(report.stack.driver):
+        elif kind in _SMI_REPORTS:
+            reports = [r for r in _SMI_REPORTS[kind](text) if r.gpus or known(r.stack.driver)]
+            if not reports:
                 return False
-            self.reports.append(report)
+            self.reports += reports
         elif kind == "smi-list":
             self.listed.append(nvidia_smi_list.read(text))
         elif kind == "lspci":
@@ -639,7 +678,9 @@ class _Gathered:
         linked = {link.address: link.pcie for link in self.pci_links}
         for index, gpu in merged.items():
             if known(gpu.pci_address) and gpu.pci_address in linked:
-                merged[index] = msgspec.structs.replace(gpu, pcie=_joined(gpu.pcie, linked[gpu.pci_address]))
+                more = linked[gpu.pci_address]
+                pcie = gpu.pcie if known(gpu.pcie.width) else msgspec.structs.replace(gpu.pcie, told_by=more.told_by)
+                merged[index] = msgspec.structs.replace(gpu, pcie=_joined(pcie, more))
         for matrix in self._all_matrices():
             for index in matrix.gpus:
                 near = Gpu(uuid=f"index:{index}", index=index, numa_node=matrix.numa_node(index))
@@ -675,7 +716,8 @@ class _Gathered:
             if isinstance(event, NvidiaMessage) and event.kind == "module-loaded" and not event.before_boot
             for version in _MODULE_VERSION.finditer(event.text)
         ]
-        machines = [e.virtual_machine for e in self.environments if known(e.virtual_machine)]
+        told = (*(r.virtual_machine for r in self.reports), *(e.virtual_machine for e in self.environments))
+        machines = [virtual for virtual in told if known(virtual)]
         return Host(
             pci_devices=tuple(self.pci) if self.pci else _NOT_GIVEN,
             driver_module=loaded[-1] if loaded else _NOT_GIVEN,
@@ -746,7 +788,7 @@ class _Gathered:
 
     def _unseen(self, seen: set[Source]) -> tuple[Unseen, ...]:
         unseen = [Unseen(source, self._why_unseen(source)) for source in OF_A_NODE if source not in seen]
-        if Source.NVML in seen and "smi-q" not in self.kinds:
+        if Source.NVML in seen and not self.kinds & {"smi-q", "smi-xml"}:
             unseen.append(Unseen(Source.NVML, Absent(Why.NOT_GIVEN, "add nvidia-smi -q"), "most states of the GPUs"))
         if Source.HOST in seen:
             unseen.append(Unseen(Source.HOST, _NOT_GIVEN, "all but the PCI devices"))

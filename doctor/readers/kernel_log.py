@@ -89,7 +89,13 @@ _BREAK = re.compile(r"(?:\\x0a|#012)\s*(?:NVRM: )?")
 _NVIDIA = (
     ("api-mismatch", re.compile(r"NVRM: (?:API mismatch|this kernel module has the version)")),
     ("gpu-lost", re.compile(r"NVRM: .*has fallen off the bus")),
-    ("gsp-timeout", re.compile(r"NVRM: .*(?:waiting for RPC (?:response )?from .*GSP|rpcRecvPoll timed ?out)")),
+    (
+        "gsp-timeout",
+        re.compile(
+            r"NVRM: .*(?:waiting for RPC (?:response )?from .*GSP|rpcRecvPoll timed ?out|Heartbeat timed out|GSP Timeout \*"
+            r"|RPC (?:event )?history \(CPU|GSP RPC buffer contains)"  # what it dumps when the processor does not answer
+        ),
+    ),
     (
         "init-failed",
         re.compile(

@@ -111,6 +111,7 @@ def read_links(text: str) -> tuple[Link, ...]:
             width=now[1],
             generation_max=_lesser(full[0], port[0]),
             width_max=_lesser(full[1], port[1]),
+            told_by="lspci",
         )
         driver, number = _DRIVER.search(block[4]), _ID.search(block[3])
         device = PciDevice(

@@ -95,6 +95,8 @@ class SmiReport(msgspec.Struct, frozen=True, kw_only=True):
     """Its time stamp, taken for UTC."""
     stack: Stack = Stack()
     gpus: tuple[Gpu, ...] = ()
+    virtual_machine: Maybe[bool] = NOT_PRINTED
+    """Whether the GPUs are passed through to a virtual machine."""
 
 
 class _Node:
@@ -149,7 +151,19 @@ def read(text: str) -> SmiReport:
         at=_unix(top.under("Timestamp")),
         stack=Stack(driver=_version(driver), cuda_driver=_version(cuda)),
         gpus=with_known_uuids(gpus),
+        virtual_machine=_is_virtual(top),
     )
+
+
+def _is_virtual(top: _Node) -> Maybe[bool]:
+    modes = [node.at("GPU Virtualization Mode", "Virtualization Mode") for node in top.children]
+    words = {mode.value for mode in modes if mode is not None}
+    return NOT_PRINTED if not words or "N/A" in words else not words <= {"None", "Host VGPU", "Host VSGA"}
+
+
+def gpu_of(text: str, index: int) -> Gpu:
+    """Return the GPU that a part of such a log, without the line that names the GPU, is about."""
+    return _gpu(_tree(text), index)
 
 
 def _by_minor_number(top: _Node, gpus: list[Gpu]) -> list[Gpu]:
@@ -401,6 +415,8 @@ def _power(node: _Node) -> Power:
 
 def _ecc(node: _Node) -> Ecc:
     errors = node.under("ECC Errors") or _Node("", "")
+    beyond_repair = errors.under("Unrepairable Memory")  # since 580, beside the repairs of channels and TPCs
+    repairs = (errors.under("Channel Repair Pending"), errors.under("TPC Repair Pending"))
     rows = node.under("Remapped Rows")
     missing = _absent(rows.value) if rows and rows.value and not rows.children else NOT_PRINTED
     rows = rows or _Node("", "")
@@ -413,8 +429,12 @@ def _ecc(node: _Node) -> Ecc:
         sram_threshold_exceeded=_value(errors.at("Aggregate", "SRAM Threshold Exceeded"), _yes),
         rows_remapped_corrected=_value(rows.under("Correctable Error"), _integer, missing),
         rows_remapped_uncorrected=_value(rows.under("Uncorrectable Error"), _integer, missing),
-        remap_pending=_value(rows.under("Pending"), _yes, missing) if not _retires(node) else True,
-        remap_failed=_value(rows.under("Remapping Failure Occurred"), _yes, missing),
+        remap_pending=True
+        if _retires(node) or any(map(_says_yes, repairs))
+        else _value(rows.under("Pending"), _yes, missing),
+        remap_failed=True
+        if _says_yes(beyond_repair)
+        else _value(rows.under("Remapping Failure Occurred"), _yes, missing),
     )
 
 
@@ -422,7 +442,11 @@ def _retires(node: _Node) -> bool:
     """Whether pages wait to be retired, which is what boards before Ampere do instead of remapping rows."""
     pages = node.under("Retired Pages", "Retired pages") or _Node("", "")
     pending = pages.under("Pending Page Blacklist", "Pending")
-    return pending is not None and pending.value == "Yes"
+    return _says_yes(pending)
+
+
+def _says_yes(node: _Node | None) -> bool:
+    return node is not None and node.value == "Yes"
 
 
 def _errors(part: _Node | None, kind: str, old: str) -> Maybe[int]:
@@ -494,7 +518,7 @@ def _address(bus: str) -> str:
 
 
 def _device_id(value: str) -> str | None:
-    digits = re.fullmatch(r"0x([0-9A-Fa-f]{4})([0-9A-Fa-f]{4})", value)
+    digits = re.fullmatch(r"(?:0x)?([0-9A-Fa-f]{4})([0-9A-Fa-f]{4})", value)  # bare in the XML
     return f"{digits[2]}:{digits[1]}".lower() if digits else None
 
 

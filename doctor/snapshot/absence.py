@@ -34,6 +34,8 @@ class Why(enum.Enum):
     """It was there to see, beyond a bound that keeps the program small; `detail` says how much."""
     FAILED = "failed"
     """It was asked and failed; `detail` says how."""
+    NOT_KNOWN = "not-known"
+    """Of a judgement only: it was seen, and what would be right for this hardware is not known here."""
     BROKEN = "broken"
     """Of a judgement only: the rule itself was refused or failed; `detail` says how."""
 

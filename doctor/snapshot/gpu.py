@@ -151,6 +151,8 @@ class Pcie(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     width: Maybe[int] = NOT_ASKED
     width_max: Maybe[int] = NOT_ASKED
     replays_total: Maybe[int] = NOT_ASKED
+    told_by: str = ""
+    """The program whose output tells it, where that is not NVML: `lspci`, `dcgmi`."""
 
 
 class Ecc(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
