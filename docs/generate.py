@@ -35,7 +35,9 @@ def generated() -> Iterator[tuple[str, str]]:
     confusion = runpy.run_path(str(ROOT / "docs" / "confusion.py"))["page"]()
     if confusion is not None:
         yield "docs/confusion.md", confusion
-    yield "packaging/prometheus/gpu-doctor.rules.yml", runpy.run_path(str(ROOT / "docs" / "alerts.py"))["page"]()
+    alerts = runpy.run_path(str(ROOT / "docs" / "alerts.py"))
+    yield "packaging/prometheus/gpu-doctor.rules.yml", alerts["page"]()
+    yield "packaging/prometheus/alertmanager-example.yml", alerts["alertmanager_page"]()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     yield "README.md", between_marks(readme, "failure modes", catalogue.rules_markdown(RULES, "rules/"))
 
