@@ -9,8 +9,8 @@ from pathlib import Path
 from doctor.collectors import files
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
 from doctor.collectors.following import FollowedFile
-from doctor.collectors.processes import name_and_state
 from doctor.collectors.programs import answer_of
+from doctor.collectors.tasks import Task, Tasks, task_of
 from doctor.readers import fabric_manager_log
 from doctor.snapshot import Absent, FabricManager, FabricMessage, Maybe, NvSwitch, Source, Unseen, Why
 
@@ -32,9 +32,8 @@ _PACKAGE = re.compile(
 )
 
 
-def _is_the_manager(folder: str) -> bool:
-    found = name_and_state(folder)
-    return found is not None and found[0] == COMM
+def _is_the_manager(task: Task | None) -> bool:
+    return task is not None and task.name == COMM
 
 
 class FabricManagerState:
@@ -50,6 +49,7 @@ class FabricManagerState:
         self._lines = 0
         self._version: str | None = None
         """Of the process that last wrote to the log."""
+        self._tasks = Tasks(root)
         self._folder: str | None = None
         """Of /proc: the fabric manager's, when it was last seen."""
 
@@ -77,10 +77,9 @@ class FabricManagerState:
 
     def _runs(self) -> bool:
         """Whether there is such a process. Raises OSError."""
-        if self._folder is None or not _is_the_manager(self._folder):
-            proc = self.root / "proc"
-            folders = (f"{proc}/{name}" for name in files.names_in(proc) if name.isdigit())
-            self._folder = next(filter(_is_the_manager, folders), None)
+        if not (self._folder and _is_the_manager(task_of(self._folder))):
+            manager = next(filter(_is_the_manager, self._tasks), None)
+            self._folder = f"{self.root}/proc/{manager.pid}" if manager else None
         return self._folder is not None
 
     def _messages(self) -> tuple[FabricMessage, ...]:

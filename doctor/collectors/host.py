@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from doctor.collectors import files
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
 from doctor.collectors.cpu_share import cpu_share, pressure_ratio
-from doctor.collectors.processes import booted_at, name_and_state
+from doctor.collectors.processes import booted_at
+from doctor.collectors.tasks import Task, Tasks, task_of
 from doctor.snapshot import Absent, BlockedTask, DriverGpu, Host, Maybe, Node, PciDevice, Source, Why
 
 NVIDIA = "0x10de"
@@ -187,34 +188,32 @@ def _driver_gpu(address: str, facts: Maybe[dict[str, str]]) -> DriverGpu:
 # Tasks and memory ------------------------------------------------------------------------------------------------
 
 
-def blocked_tasks(root: Path, engine_pids: frozenset[int]) -> Maybe[tuple[BlockedTask, ...]]:
-    """Return the tasks in state D that are the driver's, its tools' or an engine's."""
+def blocked_tasks(root: Path, tasks: Iterable[Task], engine_pids: frozenset[int]) -> Maybe[tuple[BlockedTask, ...]]:
+    """Return the tasks in state D that are the driver's, its tools' or an engine's; *tasks*: the processes."""
     blocked: list[BlockedTask] = []
     proc = root / "proc"
     try:
-        pids = [name for name in files.names_in(proc) if name.isdigit()]
+        for task in tasks:
+            if task.pid in engine_pids:
+                hangs = task.state == "D" or "D" in _states_of_threads(f"{proc}/{task.pid}/task")
+            else:
+                hangs = task.state == "D" and _is_of_driver(task.name)
+            if hangs:
+                blocked.append(BlockedTask(task.pid, task.name))
     except OSError as e:
         return files.why_not(e, proc)
-    for pid in pids:
-        main = name_and_state(f"{proc}/{pid}")
-        if main is None:
-            continue
-        of_engine = int(pid) in engine_pids
-        if of_engine:
-            threads = [name_and_state(task) for task in _tasks(f"{proc}/{pid}/task")]
-            states = {state for _, state in (main, *(thread for thread in threads if thread))}
-        else:
-            states = {main[1]}
-        if "D" in states and (of_engine or _is_of_driver(main[0])):
-            blocked.append(BlockedTask(int(pid), main[0]))
     return tuple(sorted(blocked, key=lambda task: task.pid))
 
 
-def _tasks(folder: str) -> list[str]:
+def _states_of_threads(folder: str) -> Iterator[str]:
     try:
-        return [f"{folder}/{task}" for task in files.names_in(folder)]
+        names = files.names_in(folder)
     except OSError:
-        return []
+        return
+    for name in names:
+        thread = task_of(f"{folder}/{name}")
+        if thread is not None:
+            yield thread.state
 
 
 def _is_of_driver(name: str) -> bool:
@@ -250,6 +249,7 @@ class HostState:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
+        self._tasks = Tasks(root, of_kernel=_is_of_driver)
 
     def collect(self, visit: Visit) -> Reading:
         """Look at the host. Raises CannotSeeError when there is neither /sys nor /proc."""
@@ -269,7 +269,7 @@ class HostState:
             pci_devices=devices,
             driver_module=driver_module(root),
             driver_gpus=driver_gpus(root),
-            blocked_tasks=blocked_tasks(root, engine_pids),
+            blocked_tasks=blocked_tasks(root, self._tasks, engine_pids),
             iommu=iommu(root, addresses),
             memory_total_bytes=files.maybe(meminfo, lambda text: _memory_bytes(text, "MemTotal")),
             memory_available_bytes=files.maybe(meminfo, lambda text: _memory_bytes(text, "MemAvailable")),

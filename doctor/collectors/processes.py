@@ -16,6 +16,7 @@ from doctor.collectors.redaction import (
     environment_without_secrets,
     text_without_secrets,
 )
+from doctor.collectors.tasks import Task, Tasks
 from doctor.readers import command_line
 from doctor.snapshot import (
     NOT_ASKED,
@@ -41,11 +42,6 @@ STATES = {
 """By the letter of /proc/PID/stat, in psutil's words (proc_pid_stat(5))."""
 
 
-KERNEL_THREAD = 0x00200000
-"""PF_KTHREAD in the flags of /proc/PID/stat (include/linux/sched.h): most of a large machine's processes, and none has a
-command line."""
-
-
 class Process(msgspec.Struct, frozen=True, kw_only=True):
     """A process as /proc shows it to anyone."""
 
@@ -58,7 +54,7 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     """Unix time, seconds."""
     cpu_seconds: float
     arguments: tuple[str, ...] = ()
-    """Empty for a zombie and a kernel thread."""
+    """Empty for a zombie."""
 
     @property
     def title(self) -> str:
@@ -75,45 +71,30 @@ def booted_at(root: Path) -> float:
     raise ValueError(msg)
 
 
-def process_of(folder: str, boot: float, before: Mapping[int, Process] | None = None) -> Process | None:
-    """Return the process of a folder of /proc, or None when it is gone or not understood.
+def process_of(proc: Path, task: Task, boot: float, before: Mapping[int, Process]) -> Process | None:
+    """Return the process that a task of /proc is, or None when it is gone.
 
     *before*: what is known from an earlier look. A process that hangs in the kernel is known by that alone: reading
     its command line waits for its memory map, and whoever reads may hang with it.
     """
-    try:
-        stat = files.text_of(f"{folder}/stat", 4096)
-        pid, _, rest = stat.partition(" (")
-        name, _, fields = rest.rpartition(") ")  # the name itself may hold blanks and brackets
-        words = fields.split(None, 20)
-        started_at = round(boot + int(words[19]) / TICKS_PER_SECOND, 2)
-        if words[0] == "D":
-            earlier = (before or {}).get(int(pid))
-            arguments = earlier.arguments if earlier is not None and earlier.started_at == started_at else ()
-        elif int(words[6]) & KERNEL_THREAD:
-            arguments = ()
-        else:
-            arguments = _arguments(files.bytes_of(f"{folder}/cmdline"))
-        return Process(
-            pid=int(pid),
-            parent=int(words[1]),
-            name=name,
-            state=STATES.get(words[0], words[0]),
-            started_at=started_at,
-            cpu_seconds=(int(words[11]) + int(words[12])) / TICKS_PER_SECOND,
-            arguments=arguments,
-        )
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def name_and_state(folder: str) -> tuple[str, str] | None:
-    """Return the kernel's name of a process or thread and its state's letter; None: it is gone."""
-    try:
-        before, _, after = files.text_of(f"{folder}/stat", 4096).rpartition(") ")
-    except OSError:
-        return None
-    return (before.partition(" (")[2], after[:1])
+    started_at = round(boot + task.start_ticks / TICKS_PER_SECOND, 2)
+    if task.state == "D":
+        earlier = before.get(task.pid)
+        arguments = earlier.arguments if earlier is not None and earlier.started_at == started_at else ()
+    else:
+        try:
+            arguments = _arguments(files.bytes_of(f"{proc}/{task.pid}/cmdline"))
+        except OSError:
+            return None
+    return Process(
+        pid=task.pid,
+        parent=task.parent,
+        name=task.name,
+        state=STATES.get(task.state, task.state),
+        started_at=started_at,
+        cpu_seconds=task.cpu_ticks / TICKS_PER_SECOND,
+        arguments=arguments,
+    )
 
 
 def _arguments(command: bytes) -> tuple[str, ...]:
@@ -122,16 +103,6 @@ def _arguments(command: bytes) -> tuple[str, ...]:
         return tuple(text.rstrip("\0").split("\0"))
     title = text.strip("\0 ")  # setproctitle pads the old command line with blanks or zeros
     return (title,) if title else ()
-
-
-def processes(root: Path, before: Mapping[int, Process] | None = None) -> Iterator[Process]:
-    """Yield the processes of a root; *before* as in `process_of`. Raises OSError when /proc can't be read."""
-    boot = booted_at(root)
-    proc = root / "proc"
-    for name in files.names_in(proc):
-        process = process_of(f"{proc}/{name}", boot, before) if name.isdigit() else None
-        if process is not None:
-            yield process
 
 
 def environment_of(root: Path, pid: int) -> dict[str, str]:
@@ -417,6 +388,7 @@ class Processes:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
+        self._tasks = Tasks(root)
         self._before: dict[int, Process] = {}
         self._environments: dict[tuple[int, float], dict[str, str]] = {}
         """By pid and start: what /proc shows is the environment at the start, and never changes."""
@@ -424,7 +396,7 @@ class Processes:
     def collect(self, visit: Visit) -> Reading:  # noqa: ARG002 - the protocol's
         """Look for engines. Raises CannotSeeError when /proc can't be read."""
         try:
-            self._before = {process.pid: process for process in processes(self.root, self._before)}
+            self._before = {process.pid: process for process in self._processes()}
             found = _found(self._before.values())
         except (OSError, ValueError) as e:
             why = files.why_not(e, self.root / "proc") if isinstance(e, OSError) else Absent(Why.FAILED, str(e))
@@ -435,6 +407,15 @@ class Processes:
             unseen.append(Unseen(self.source, why, "processes of other users"))
         engines = tuple(self._engine(each, unseen) for each in found)
         return Reading(fields={"engines": engines}, unseen=tuple(unseen))
+
+    def _processes(self) -> Iterator[Process]:
+        """Yield the processes but those of the kernel. Raises OSError or ValueError."""
+        boot = booted_at(self.root)
+        proc = self.root / "proc"
+        for task in self._tasks:
+            process = process_of(proc, task, boot, self._before)
+            if process is not None:
+                yield process
 
     def _engine(self, found: _Found, unseen: list[Unseen]) -> Engine:
         front = found.front
