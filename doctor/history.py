@@ -8,6 +8,7 @@ from inspect import unwrap
 from typing import Any, TypeVar
 
 from doctor.snapshot import EngineEvent, Gpu, KernelEvent, Snapshot
+from doctor.snapshot.clock import in_new_time
 
 T = TypeVar("T")
 
@@ -31,11 +32,16 @@ class History:
         self._by_gpu: dict[float | None, dict[str, list[tuple[float, Gpu]]]] = {}
 
     def after(self, snapshot: Snapshot) -> History:
-        """Return the history that follows when *snapshot* is seen: what is older than `keep` falls out."""
-        oldest = snapshot.at - self.keep
-        kept = tuple(past for past in self.snapshots if past.at >= oldest)
+        """Return the history that follows when *snapshot* is seen: what is older than `keep` falls out.
+
+        Where the wall clock was set in between, the past is told in the new time; where nobody knows by how much (the
+        daemon was down meanwhile), what seems to lie in the future falls out, too.
+        """
+        oldest, stepped = snapshot.at - self.keep, snapshot.clock_stepped_seconds
+        past = tuple(in_new_time(before, stepped) for before in self.snapshots) if stepped else self.snapshots
+        kept = tuple(before for before in past if oldest <= before.at <= snapshot.at)
         following = History((*kept, snapshot), self.keep)
-        following._measured_before = self._measured
+        following._measured_before = {} if stepped else self._measured
         return following
 
     @property

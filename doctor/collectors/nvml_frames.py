@@ -30,7 +30,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     stack: Stack = Stack()
     unseen: tuple[Unseen, ...] = ()
     failure: Absent | None = None
-    """Why nothing could be seen; the child ends after it, and the next visit starts a fresh one."""
+    """Why nothing could be seen; the child ends after it, and a fresh one is started."""
+    outdated: bool = False
+    """The library on disk is another one by now: a fresh child would load that."""
 
 
 def frame(message: Ask | Answer) -> bytes:

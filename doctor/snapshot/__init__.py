@@ -61,6 +61,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     at: float
     """Unix time, seconds: the only clock that rules and symptoms know."""
+    clock_stepped_seconds: float = 0.0
+    """How far the wall clock was set forwards since the visit before; negative: backwards. What was seen before is then
+    told in the new time."""
     node: Node = Node()
     seen: tuple[Source, ...] = ()
     """The sources that were looked at with success. A source is in here or in `unseen`, or partly in both."""

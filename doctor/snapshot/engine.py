@@ -177,11 +177,13 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where its log was found: a path, `journal:UNIT`, `docker:ID`. `EngineEvent.log` refers to this."""
     cpu_seconds: Maybe[float] = NOT_ASKED
     """Of the front process; use its growth."""
+    identity: str = ""
+    """Its name from before the wall clock was set, which moved its start; empty: the clock was not set."""
 
     @property
     def id(self) -> str:
-        """The engine's identity: pid and start time."""
-        return f"{self.pid}@{self.started_at:.0f}"
+        """The engine's identity: pid and start time, as they were told first."""
+        return self.identity or f"{self.pid}@{self.started_at:.0f}"
 
 
 class EngineEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
