@@ -99,7 +99,8 @@ def _finding(
     parts: list[str] = []
     evidence: list[Evidence] = []
     if stall is not None:
-        parts.append(f"{stall.running:g} requests run and no token or step was counted for {stall.seconds:.0f} s")
+        held = f"{stall.running:g} requests run and " if stall.running else ""
+        parts.append(f"{held}no token or step was counted for {stall.seconds:.0f} s")
         counters = f"running {stall.running:g}, steps {_shown(stall.steps)}, generated tokens {_shown(stall.tokens)}: unchanged for {stall.seconds:.0f} s"
         evidence.append(Evidence(Source.ENGINE_METRICS.value, "vllm:iteration_tokens_total_count", counters))
     if waited is not None and waited.events:

@@ -166,6 +166,13 @@ def test_waits_after_the_last_progress_count_and_those_before_do_not() -> None:
     assert (waited.count, waited.serving, waited.running) == (2, True, 3)
 
 
+def test_the_line_of_a_stream_that_begins_ends_no_wait_where_statistics_tell() -> None:
+    served = STARTED + STATS.format(9) + WAIT.format(1) + SERVED + WAIT.format(2) + SERVED
+    assert waits(log_of(served)).count == 2
+    assert waits(log_of(served + STATS.format(9))).count == 0
+    assert waits(log_of(STARTED + WAIT.format(1) + SERVED)).count == 0
+
+
 def test_waits_while_the_engine_starts_are_told_apart() -> None:
     text = "INFO 11-20 08:00:00 [m.py:1] Starting to load model x...\n" + WAIT.format(1) * 3
     assert waits(log_of(text)).starting

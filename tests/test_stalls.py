@@ -60,6 +60,24 @@ def test_an_engine_that_goes_on_is_no_longer_stalled() -> None:
     assert nodes.report(visits, RULES).findings == ()
 
 
+def unasked(snapshot: Snapshot) -> Snapshot:
+    """Nobody asks for anything: no request runs, and none waits for another's answer."""
+    return nodes.put(nodes.with_metrics(snapshot, running=0.0, waiting=0.0), engine_events=())
+
+
+def test_a_process_that_is_stopped_stalls_the_next_request_too() -> None:
+    visits = nodes.each(drills.visits("hgx-h100-4", "rank-stopped:rank=2", seconds=MINUTE), unasked)
+    told = stall_of(nodes.report(visits, RULES))
+    assert told.summary.startswith("The engine makes no step: no token or step was counted for 75 s; it is software")
+    assert told.subject.pids == (2265,)
+    assert nodes.report(visits[:-2], RULES).findings == ()
+
+
+def test_an_idle_engine_whose_processes_only_sleep_is_well() -> None:
+    visits = nodes.each(drills.visits("hgx-h100-4", "engine-stalled:kind=software", seconds=MINUTE), unasked)
+    assert nodes.report(visits, RULES).findings == ()
+
+
 def test_a_clock_that_stands_still_holds_up_the_others() -> None:
     visits = drills.visits("hgx-h100-4", "engine-stalled:kind=hardware", seconds=MINUTE)
     slow = nodes.each(visits, lambda s: nodes.with_gpu(s, 2, clocks__sm_mhz=345))

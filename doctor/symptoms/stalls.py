@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import median
 
 import msgspec
@@ -35,8 +36,10 @@ class Waits(msgspec.Struct, frozen=True):
 def waits(log: EngineLog) -> Waits:
     """Return the waits of this log after its last sign of progress (vLLM prints one each 60 s while it waits).
 
-    DEBUG records are left out: up to vLLM 0.10 each idle wait printed one.
+    DEBUG records are left out: up to vLLM 0.10 each idle wait printed one. In a log with statistics they tell whether a
+    wait is over; an answered request does not, for the line of a stream is written when it begins.
     """
+    has_statistics = any(event.signal == "stats" for event in log.events)
     events: list[EngineEvent] = []
     serving = starting = False
     running: float | None = None
@@ -48,7 +51,9 @@ def waits(log: EngineLog) -> Waits:
         elif event.signal in _STARTING:
             starting = not serving
         elif is_progress(event):
-            serving, starting, events = True, False, []
+            serving, starting = True, False
+            if event.signal == "stats" or not has_statistics:
+                events = []
         elif event.signal == "shm-broadcast-wait" and event.level != "DEBUG":
             events.append(event)
         elif event.signal == "shutdown":
@@ -60,19 +65,21 @@ def waits(log: EngineLog) -> Waits:
 
 
 class Flat(msgspec.Struct, frozen=True):
-    """An engine whose counters stood still while requests ran."""
+    """An engine whose counters stood still while requests ran, or while a process of it was stopped."""
 
     engine: str
     seconds: float
     """From the first visit that saw them at this value to the last."""
     since: float
     running: float
+    """Requests. The gauge may stand at 0: it is set by the last step, and those that came since are not in it."""
     steps: float | None
     tokens: float | None
 
 
 def flat_engines(history: History, window_seconds: float, visits_min: int = 3) -> tuple[Flat, ...]:
-    """Return the engines that ran requests at every visit of the window and whose counters did not move over it.
+    """Return the engines that ran requests, or of which a process was stopped, at every visit of the window, and whose
+    counters did not move over it.
 
     A visit without metrics (a failed scrape) says nothing and breaks nothing; fewer than *visits_min* say too little.
     """
@@ -82,19 +89,32 @@ def flat_engines(history: History, window_seconds: float, visits_min: int = 3) -
             by_engine.setdefault(metrics.engine, []).append(metrics)
     latest = {metrics.engine for metrics in history.latest.metrics}
     found = [
-        _flat(engine, pages) for engine, pages in by_engine.items() if engine in latest and len(pages) >= visits_min
+        _flat(engine, pages, _halted_since(history, engine))
+        for engine, pages in by_engine.items()
+        if engine in latest and len(pages) >= visits_min
     ]
     return tuple(flat for flat in found if flat is not None and flat.seconds >= window_seconds)
 
 
-def _flat(engine: str, pages: list[EngineMetrics]) -> Flat | None:
+def _halted_since(history: History, engine: str) -> float:
+    """Return the first visit since when a process of the engine is stopped; infinity: none is."""
+    since = math.inf
+    for snapshot in reversed(history.snapshots):
+        mine = next((e for e in snapshot.engines if e.id == engine), None)
+        if mine is not None and not any(rank.state in _STOPPED for rank in (*mine.ranks, *mine.cores)):
+            break
+        since = snapshot.at if mine is not None else since
+    return since
+
+
+def _flat(engine: str, pages: list[EngineMetrics], halted_since: float) -> Flat | None:
     last = pages[-1]
     work = _work(last)
     if not any(counter is not None for counter in work):
         return None
     still: list[EngineMetrics] = []
     for page in reversed(pages):
-        if _work(page) != work or not (known(page.running) and page.running > 0):
+        if _work(page) != work or not ((known(page.running) and page.running > 0) or page.at >= halted_since):
             break
         still.append(page)
     if len(still) < 3:  # two equal readings may be one step apart
@@ -133,6 +153,9 @@ COMPUTING_SECONDS = 10.0
 """Over so long at least. guess: ten of vLLM's scheduling rounds even with a queue of thousands."""
 SLOW_CLOCK_RATIO = 0.5
 """Of the median clock of the group's GPUs. guess: boards of one model under one load differ by a few per cent."""
+
+_STOPPED = ("stopped", "tracing-stop")
+"""States of a process that takes no step until somebody lets it."""
 
 _HALTED = {
     "stopped": ("software", "is stopped, by a signal or a debugger"),
