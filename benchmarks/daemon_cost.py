@@ -1,6 +1,6 @@
 """What the daemon costs beside another exporter on the same simulated NVML: CPU, memory and the time of a scrape.
 
-    python benchmarks/daemon_cost.py [--minutes 3] [--interval 10] [--processes 500] [--peers DIR] [--alone]
+    python benchmarks/daemon_cost.py [--minutes 3] [--interval 10] [--processes 1500] [--peers DIR] [--alone]
 
 A simulated eight-GPU node with a serving engine lives in this process: its files, its engine's page. The daemon runs on them
 as it does on a node, with `--root`, its NVML child, all rules and the flight recorder; nvitop-exporter runs at the same time
@@ -63,6 +63,8 @@ class Subject:
         """By stretch, the simulation's part taken out."""
         self.simulation_seconds: list[float] = []
         self.calls: list[int] = []
+        self.cpu_by_process: dict[int, float] = {}
+        """Since the beginning, the simulation's part in it."""
         self.pss_megabytes: list[float] = []
         self.scrape_seconds: list[float] = []
         self.page_bytes = 0
@@ -105,6 +107,7 @@ class Subject:
 
     def begin(self) -> None:
         self._before = self._spent()
+        self.cpu_by_process = {pid: -cpu_seconds(pid) for pid in self.processes()}
         self.scrape_seconds.clear()
 
     def end_stretch(self) -> None:
@@ -122,6 +125,11 @@ class Subject:
         ]
         cpu = sum(cpu_seconds(pid) for pid in self.processes()) + ended_seconds(self._process.pid)
         return cpu, sum(nanoseconds for nanoseconds, _ in counts) / 1e9, sum(calls for _, calls in counts)
+
+    def end(self) -> None:
+        self.count_samples()
+        for pid in self.cpu_by_process:
+            self.cpu_by_process[pid] += cpu_seconds(pid)
 
     def close(self) -> None:
         self._process.terminate()
@@ -167,14 +175,16 @@ def free_port() -> int:
 
 
 def crowd(root: Path, number: int) -> None:
-    """Add the processes that every server has besides, kernel threads and others in turn."""
+    """Add the processes that every server has besides: of three two are threads of its kernel."""
     for pid in range(20_000, 20_000 + number):
         folder = root / f"proc/{pid}"
         folder.mkdir()
-        (folder / "stat").write_text(
-            f"{pid} (kworker/{pid % 96}:1) I 2 0 0 0 -1 69238880 0 0 0 0 3 7 0 0 20 0 1 0 {pid} 0 0\n"
-        )
-        (folder / "cmdline").write_text("" if pid % 2 else f"/usr/lib/something/agent\0--number\0{pid}\0")
+        if pid % 3:
+            name, state, flags, command = f"kworker/{pid % 96}:1", "I", 0x4208060, ""
+        else:
+            name, state, flags, command = "agent", "S", 0x400100, f"/usr/lib/something/agent\0--number\0{pid}\0"
+        (folder / "stat").write_text(f"{pid} ({name}) {state} 2 0 0 0 -1 {flags} 0 0 0 0 3 7 0 0 20 0 1 0 {pid} 0 0\n")
+        (folder / "cmdline").write_text(command)
 
 
 def peer_program(peers: Path) -> str:
@@ -228,7 +238,7 @@ def main() -> int:
     told = argparse.ArgumentParser()
     told.add_argument("--minutes", type=float, default=3.0)
     told.add_argument("--interval", type=float, default=10.0)
-    told.add_argument("--processes", type=int, default=500, help="how many other processes the node has")
+    told.add_argument("--processes", type=int, default=1500, help="how many other processes the node has")
     told.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "gpu-doctor-peers")
     told.add_argument("--alone", action="store_true", help="measure the daemon only")
     given = told.parse_args()
@@ -256,7 +266,7 @@ def main() -> int:
             end_stretch()
             seconds = time.monotonic() - began
             for subject in measured:
-                subject.count_samples()
+                subject.end()
             parts = {subject.name: subject.pss_by_process() for subject in measured}
         finally:
             for subject in measured:
@@ -274,9 +284,11 @@ def tell(measured: list[Subject], seconds: float, parts: dict[str, list[float]],
         print(
             f"{subject.name:18}{cpu:10.3%}{simulation:14.3%}{sum(subject.calls) / seconds:9.1f}"
             f"{median(subject.pss_megabytes):6.1f} MB{1e3 * median(subject.scrape_seconds):8.2f} ms{subject.samples:9}"
-            f"{subject.page_bytes / 1024:5.1f} K   PSS by process: "
-            + ", ".join(f"{megabytes:.1f}" for megabytes in parts[subject.name])
+            f"{subject.page_bytes / 1024:5.1f} K"
         )
+    for subject in measured:
+        each = zip(subject.cpu_by_process.values(), parts[subject.name], strict=False)
+        print(f"{subject.name}, by process:", *(f"{cpu / seconds:.3%} {megabytes:.1f} MB," for cpu, megabytes in each))
     ours = measured[0]
     ours_cpu = sum(ours.cpu_seconds) / seconds
     for other in measured[1:]:
