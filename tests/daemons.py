@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -14,10 +15,10 @@ import textwrap
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PROGRAM = str(Path(__file__).parent / "served.py")
 """A daemon over hand-made visits."""
@@ -98,15 +99,36 @@ def running(*arguments: str) -> Iterator[Daemon]:
         daemon.process.stderr.close()
 
 
+class Place(NamedTuple):
+    """An address of this machine."""
+
+    host: str
+    port: int
+
+
+def free_place() -> Place:
+    """Return an address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return Place(*probe.getsockname())
+
+
 @contextmanager
-def prometheus(folder: Path, jobs: dict[str, tuple[Daemon, str]]) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+def prometheus(
+    folder: Path,
+    jobs: Mapping[str, tuple[Daemon | Place, str]],
+    more: str = "",
+    labels: Mapping[str, str] | None = None,
+) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
     """Run a real Prometheus that scrapes daemons each second; the value asks it a query.
 
-    *jobs*: by name the daemon, and what more Prometheus' configuration says of it.
+    *jobs*: by name the daemon, and what more Prometheus' configuration says of it; *more*: what it says besides;
+    *labels*: its external labels.
+    The first scrape comes after 5 s, which is a constant of Prometheus.
     """
     config = folder / "prometheus.yml"
     config.write_text(
-        "scrape_configs:\n"
+        f"global: {{evaluation_interval: 200ms, external_labels: {json.dumps(labels or {})}}}\n{more}scrape_configs:\n"
         + "".join(
             f"  - job_name: {name}\n"
             "    scrape_interval: 1s\n"
@@ -115,33 +137,67 @@ def prometheus(folder: Path, jobs: dict[str, tuple[Daemon, str]]) -> Iterator[Ca
             for name, (daemon, more) in jobs.items()
         )
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with (folder / "prometheus.log").open("w") as log:
-        server = subprocess.Popen(
-            [
-                "prometheus",
-                f"--config.file={config}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-                "--scrape.discovery-reload-interval=100ms",  # else the first scrape takes 5 s to come
-            ],
-            stdout=log, stderr=log, env={"PATH": os.environ["PATH"], "GOMAXPROCS": "1"},
-        )  # fmt: skip
+    place = free_place()
+    arguments = (
+        f"--config.file={config}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address={place.host}:{place.port}",
+        "--scrape.discovery-reload-interval=100ms",  # else the first scrape may take 10 s to come
+        "--rules.alert.resend-delay=200ms",
+    )
+    with _running(folder / "prometheus.log", "prometheus", *arguments):
 
         def asked(query: str) -> list[dict[str, Any]]:
-            try:
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-                connection.request("GET", "/api/v1/query?" + urllib.parse.urlencode({"query": query}))
-                body = connection.getresponse().read()
-                connection.close()
-            except OSError:
-                return []
-            return json.loads(body).get("data", {}).get("result", []) if body.startswith(b"{") else []
+            answer = _json_of(place, "/api/v1/query?" + urllib.parse.urlencode({"query": query})) or {}
+            return answer.get("data", {}).get("result", [])
 
+        yield asked
+
+
+ALERTMANAGER = shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")
+"""Debian's name, and that of the project."""
+
+
+@contextmanager
+def alertmanager(folder: Path, config: Path) -> Iterator[Place]:
+    """Run a real Alertmanager."""
+    assert ALERTMANAGER is not None
+    place = free_place()
+    arguments = (
+        f"--config.file={config}",
+        f"--storage.path={folder / 'alertmanager'}",
+        f"--web.listen-address={place.host}:{place.port}",
+        "--cluster.listen-address=",
+    )
+    with _running(folder / "alertmanager.log", ALERTMANAGER, *arguments):
+        await_true(lambda: _json_of(place, "/api/v2/status"))
+        yield place
+
+
+def alerts(place: Place) -> list[dict[str, Any]]:
+    """Return the alerts that an Alertmanager holds now."""
+    return _json_of(place, "/api/v2/alerts") or []
+
+
+@contextmanager
+def _running(log: Path, *command: str) -> Iterator[None]:
+    with log.open("w") as file:
+        environment = {"PATH": os.environ["PATH"], "GOMAXPROCS": "1"}
+        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
-            yield asked
+            yield
         finally:
             server.terminate()
             server.wait(PATIENCE_SECONDS)
+
+
+def _json_of(place: Place, path: str) -> Any:
+    """Return what a server answers; None: nothing, or no JSON."""
+    connection = http.client.HTTPConnection(place.host, place.port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+    finally:
+        connection.close()
