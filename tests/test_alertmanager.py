@@ -192,7 +192,7 @@ def complete(node: Place, manager: Place, lasts: float) -> bool:
     assert [look for look in looks if look.found]
     for look, following in pairwise(looks):  # a visit is over before the next one begins
         began, ended = look.visit_at - look.drill_at, following.visit_at - look.drill_at
-        if BEGINS_SECONDS + CLOCK_SECONDS < began and ended < ends:
+        if began > BEGINS_SECONDS + CLOCK_SECONDS and ended < ends:
             assert look.found, f"a visit {began - BEGINS_SECONDS:.2f} s after the fault does not tell of it"
         if ended < BEGINS_SECONDS or began > ends + CLOCK_SECONDS:
             assert not look.found
