@@ -148,10 +148,11 @@ with_format = [
     click.option(
         "--format",
         "form",
-        type=click.Choice(["console", "json", "markdown", "nagios"]),
+        type=click.Choice(["console", "json", "markdown", "nagios", "node-health"]),
         default="console",
         show_default=True,
-        help="How the report is told.",
+        help="How the report is told. node-health: for Slurm and node-problem-detector, in one line whether the node "
+        "is fit for work; exit code 0 fit, 1 not fit, 2 could not be told.",
     )
 ]
 
@@ -214,9 +215,8 @@ def check(
         visits = _closable(_replayed(replay))
     else:
         visits = _visits(site, simulate, faults, root, times=1 + round(seconds))
-    report = _last_report(visits, site, _optional(site, optional))
-    _tell(report, form)
-    ctx.exit(report.verdict.exit_code)
+    unneeded = _optional(site, optional)
+    ctx.exit(_told(_last_report(visits, site, unneeded), form, unneeded))
 
 
 @cli.command()
@@ -292,8 +292,7 @@ def triage(
 
         visits = _closable(evidence.read(files, now=time.time(), patterns=site.log_patterns))
         report = _last_report(visits, site, frozenset(site.optional))
-    _tell(report, form)
-    ctx.exit(report.verdict.exit_code)
+    ctx.exit(_told(report, form, frozenset(site.optional)))
 
 
 @cli.command()
@@ -563,7 +562,8 @@ def _last_report(visits: Generator[Snapshot, None, None], site: Site, optional: 
     return last
 
 
-def _tell(report: Report, form: str) -> None:
+def _told(report: Report, form: str, optional: frozenset[Source]) -> int:
+    """Print the report, and return the exit code that goes with its form."""
     if form == "json":
         from exporters import json
 
@@ -576,10 +576,16 @@ def _tell(report: Report, form: str) -> None:
         from exporters import nagios
 
         _say(nagios.render(report))
+    elif form == "node-health":
+        from exporters import node_health
+
+        _say(node_health.render(report, optional))
+        return node_health.fitness(report, optional)
     else:
         from exporters import console
 
         _say(console.render(report, _terminal()))
+    return report.verdict.exit_code
 
 
 def _terminal() -> Any:
