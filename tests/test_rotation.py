@@ -8,16 +8,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torrent
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from doctor.collectors import engine_log
+from doctor.collectors.collector import Visit
+from doctor.collectors.engine_log import EngineLogs
 from doctor.collectors.following import OUTLIVES_SECONDS, FollowedFile
+from doctor.collectors.generation import CHUNK_BYTES
 
 
 class Site:
     """A log, whoever writes it, whoever rotates it, and gpu-doctor, which looks at it now and then."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, banner: bytes) -> None:
+        self.banner = banner
         self.log = folder / "vllm.log"
         self.log.touch()
         self.writer = self.log.open("ab", buffering=0)
@@ -45,6 +51,8 @@ class Site:
 
     def write(self) -> None:
         self.end_a_line()
+        if not os.fstat(self.writer.fileno()).st_size:
+            self.writer.write(self.banner)
         for _ in range(3):
             self.writer.write(b"%d %s\n" % (self.number, (b"%d." % self.number * 50)[: self.number * 37 % 150]))
             self.number += 1
@@ -150,6 +158,10 @@ class Site:
         self.writer.close()
 
 
+ALIKE = b'INFO:     10.0.0.5:53211 - "POST /v1/chat/completions HTTP/1.1" 200 OK\n' * 80
+"""How any log may begin that one busy proxy writes through one connection."""
+
+
 def numbers(data: bytes) -> list[int]:
     return [int(line.split()[0]) for line in data.splitlines() if line[:1].isdigit()]
 
@@ -157,22 +169,108 @@ def numbers(data: bytes) -> list[int]:
 OPERATIONS = ("write", "visit", "rename", "reopen", "copytruncate", "copy", "truncate", "compress", "begin_a_line")
 
 
-def played(folder: Path, operations: list[str]) -> Site:
-    site = Site(folder)
+def played(folder: Path, operations: list[str], banner: bytes = b"") -> Site:
+    site = Site(folder, banner)
     for operation in operations:
         getattr(site, operation)()
     site.end()
     return site
 
 
-@given(st.lists(st.sampled_from((*OPERATIONS, "write", "visit", "stop")), max_size=25))
-@example(["write", "visit", "write", "rename", "write", "visit", "write", "visit", "reopen", "write"])
-@example(["write", "visit", "write", "copytruncate", "write", "copytruncate", "write"])
-@example(["write", "visit", "rename", "reopen", "write", "rename", "compress", "reopen", "write"])
-@example(["write", "copy", "write", "visit", "truncate", "write", "visit", "copytruncate"])
-@example(["write", "stop", "write", "copytruncate", "write", "copytruncate", "compress", "write", "visit"])
+@given(st.lists(st.sampled_from((*OPERATIONS, "write", "visit", "stop")), max_size=25), st.sampled_from((b"", ALIKE)))
+@example(["write", "visit", "write", "rename", "write", "visit", "write", "visit", "reopen", "write"], ALIKE)
+@example(["write", "visit", "write", "copytruncate", "write", "copytruncate", "write"], ALIKE)
+@example(["write", "visit", "rename", "reopen", "write", "rename", "compress", "reopen", "write"], ALIKE)
+@example(["write", "copy", "write", "visit", "truncate", "write", "visit", "copytruncate"], ALIKE)
+@example(["write", "stop", "write", "copytruncate", "write", "copytruncate", "compress", "write", "visit"], ALIKE)
 def test_every_line_that_a_file_still_holds_is_read_once(
-    tmp_path_factory: pytest.TempPathFactory, operations: list[str]
+    tmp_path_factory: pytest.TempPathFactory, operations: list[str], banner: bytes
 ) -> None:
-    site = played(tmp_path_factory.mktemp("site"), operations)
+    site = played(tmp_path_factory.mktemp("site"), operations, banner)
     assert sorted(site.seen) == sorted(set(range(site.number)) - site.lost)
+
+
+def test_of_a_torrent_that_is_rotated_every_matching_line_is_told_once(tmp_path: Path) -> None:
+    told = torrent.run(tmp_path, seconds=1.5, mb_per_second=20)
+    assert told.rotations
+    assert len(told.seen) == len(set(told.seen))
+    assert len(told.held - set(told.seen)) <= told.dropped
+    assert len(told.held | set(told.seen)) <= told.written
+
+
+def test_a_backlog_is_said_and_caught_up_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "vllm.log"
+    log.touch()
+    logs = EngineLogs(tmp_path, logs=("/vllm.log",))
+    logs.collect(Visit(at=0.0))
+    for n in range(3):
+        with log.open("ab") as file:
+            file.write(b"INFO:     served it well\n" * (CHUNK_BYTES // 12) + torrent.FATAL.format(n).encode())
+        log.rename(tmp_path / f"vllm.log.{9 - n}")
+        log.touch()
+        os.utime(tmp_path / f"vllm.log.{9 - n}", (n, n))
+    monkeypatch.setattr(engine_log, "READ_SECONDS", 0.0)
+    readings = [logs.collect(Visit(at=0.0)) for _ in range(10)]
+    logs.close()
+    told = [event.text for reading in readings for event in reading.fields["engine_events"]]
+    assert told == [f"EngineCore encountered a fatal error. #{n}" for n in range(3)]
+    late = [unseen for reading in readings for unseen in reading.unseen]
+    assert [str(unseen.why) for unseen in late][:1] == [
+        "passed over: written faster than it is read: 6 MB wait for the next visits"
+    ]
+    assert late[0].what == "end of /vllm.log"
+    assert readings[-1].unseen == ()
+
+
+def test_a_traceback_that_a_rotation_cuts_is_told_whole(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.touch()
+    logs = EngineLogs(tmp_path, logs=("/vllm.log",))
+    logs.collect(Visit(at=0.0))
+    with log.open("ab") as file:
+        file.write(b'Traceback (most recent call last):\n  File "a.py", line 1, in f\n')
+        file.flush()
+        logs.collect(Visit(at=0.0))
+        file.write(b"ValueError: it is none\n")
+    shutil.copyfile(log, tmp_path / "vllm.log.1")
+    os.truncate(log, 0)
+    reading = logs.collect(Visit(at=0.0))
+    logs.close()
+    assert [(event.signal, event.where) for event in reading.fields["engine_events"]] == [("exception", "vllm.log:3")]
+
+
+def test_what_a_log_holds_in_fifos_and_folders_beside_it_is_left_alone(tmp_path: Path) -> None:
+    site = Site(tmp_path, b"")
+    os.mkfifo(tmp_path / "vllm.log.1")
+    (tmp_path / "vllm.log.2").mkdir()
+    site.write()
+    site.copytruncate()
+    site.end()
+    assert site.seen == list(range(6))
+
+
+@given(
+    st.lists(st.one_of(st.integers(-9, 1 << 70), st.text(max_size=4)).map(str), min_size=5, max_size=5).map(":".join)
+)
+def test_any_place_is_passed_over(tmp_path_factory: pytest.TempPathFactory, place: str) -> None:
+    log = tmp_path_factory.mktemp("log") / "vllm.log"
+    log.write_bytes(b"one\n")
+    file = FollowedFile(log)
+    file.go_on([place])
+    assert b"".join(piece.data for piece in file.pieces()) == b"one\n"
+    file.close()
+
+
+def test_the_descriptor_of_a_running_engine_is_followed_beside_its_real_name(tmp_path: Path) -> None:
+    site = Site(tmp_path, b"")
+    site.file.close()  # type: ignore[union-attr]
+    descriptor = Path(f"/proc/self/fd/{site.writer.fileno()}")
+    site.file = FollowedFile(descriptor, beside=site.log, clock=lambda: site.now)
+    site.visit()
+    site.write()
+    site.copytruncate()
+    site.write()
+    site.visit()
+    assert site.seen == list(range(6))
+    site.file.close()
+    site.writer.close()

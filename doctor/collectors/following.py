@@ -24,6 +24,9 @@ HELD_MAX = 8
 REMEMBERED_MAX = 128
 """Generations of which it is known how far they were read."""
 
+TRUNCATED_MAX = 8
+"""Truncated generations whose copies are waited for: one that was truncated without a copy has none."""
+
 UNPACKED_MAX = 4
 """Compressed files that are searched for the place where an earlier life of the program stopped: each is unpacked."""
 
@@ -41,12 +44,33 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class _Known(msgspec.Struct, frozen=True):
-    """A generation that was read."""
+    """A rotated file that holds no news: it was read, or is from before our time."""
+
+    identity: tuple[int, int]
+    size: int
+    head: bytes
+
+    def is_of(self, file: Generation, head: bytes) -> bool:
+        """Whether *file* is this one, to which more may have been written, or holds the same compressed."""
+        grown = file.identity == self.identity and file.content_size >= self.size and head.startswith(self.head)
+        return grown or (file.is_compressed and head == self.head and file.content_size == self.size)
+
+
+class _Truncated(msgspec.Struct, frozen=True):
+    """A generation that was truncated: what it still held may stand in a copy."""
 
     head: bytes
-    identity: tuple[int, int]
+    offset: int
     place: str
-    """How far, where its file was truncated since; empty: to its end, or it is from before our time."""
+    was_told: bool
+    """The last piece was of it."""
+
+    def is_copied_by(self, file: Generation, head: bytes) -> bool:
+        """Whether *file* is a copy; one that goes on stands at the place then."""
+        short = min(len(head), len(self.head))
+        if head[:short] != self.head[:short]:
+            return False
+        return file.content_size < self.offset or _goes_on(file, self.place)
 
 
 class FollowedFile:
@@ -83,11 +107,12 @@ class FollowedFile:
         """The one in which the last reading stopped before its end."""
         self._told: Generation | None = None
         """The one of the last piece."""
-        self._cut = ""
-        """The place up to which a truncated file was told, when it was the last that was."""
         self._is_unsettled = False
         """A rotation was under way at the last look."""
         self._known: list[_Known] = []
+        self._truncated: list[_Truncated] = []
+        self._copies: dict[Generation, list[_Known]] = {}
+        """Of the generations that are held."""
 
     @property
     def identity(self) -> tuple[int, int] | None:
@@ -132,7 +157,7 @@ class FollowedFile:
         begun = begun or self._begun_at(plain, was_truncated)  # all of it is new
         if begun is not None:
             older = there[: there.index(begun)] if begun in there else there
-            self._pass_by(older, self._generations[0].read(HEAD_BYTES, 0))
+            self._pass_by(older, self._generations[0])
 
     def _begun_at(self, paths: Iterable[Path], is_it: Callable[[Generation], bool]) -> Path | None:
         """Hold the first of the files that is it, and return its path."""
@@ -181,7 +206,7 @@ class FollowedFile:
         for generation in self._generations:
             generation.close()
         self._generations, self._behind, self._told = [], None, None
-        self._known.clear()
+        self._known, self._truncated, self._copies = [], [], {}
 
     def _piece(self, generation: Generation, lines: Lines) -> Piece:
         joins = self._told is generation
@@ -195,7 +220,8 @@ class FollowedFile:
         return newer > HELD_MAX or (newer > 0 and self._clock() - generation.moved_at > OUTLIVES_SECONDS)
 
     def _let_go(self, generation: Generation) -> None:
-        self._remember(generation, generation.read(HEAD_BYTES, 0))
+        copies = self._copies.pop(generation, [])
+        self._remember(*copies, _known(generation, generation.read(HEAD_BYTES, 0)))
         self._generations.remove(generation)
         generation.close()
 
@@ -206,8 +232,9 @@ class FollowedFile:
         now = self._clock()
         current = self._generations[-1]
         if not current.is_intact:  # copytruncate, or a program that writes its log anew
-            self._cut = current.place if self._told is current else ""
-            self._remember(current, current.head, current.place)
+            was_told = self._told is current
+            self._truncated.append(_Truncated(current.head, current.offset, current.place, was_told))
+            del self._truncated[:-TRUNCATED_MAX]
             current.begin_anew()
             self._told, self._is_unsettled = None, True
         named = self._named(current)
@@ -215,7 +242,6 @@ class FollowedFile:
             return
         if named is not None:
             current.moved_at = now
-        self._is_unsettled = False
         between = list(self._between(named or current))
         for generation in between:
             generation.moved_at = now
@@ -232,55 +258,47 @@ class FollowedFile:
 
     def _between(self, named: Generation) -> Iterator[Generation]:
         """Yield what bore the name since the last look and lost it again, or holds the rest of what was truncated."""
-        held = [*self._generations, named]
-        identities = {generation.identity for generation in held}
+        self._is_unsettled, self._copies = False, {}
         for path in rotated(self.beside):
             generation = _opened(path)
             if generation is None:  # renamed or compressed this moment
                 self._is_unsettled = True
-                continue
-            head = generation.read(HEAD_BYTES, 0)
-            known = self._known_by(head, generation.identity)
-            if not head or generation.identity in identities:
-                is_news = False
-            elif any(own.read(len(head), 0) == head for own in held):
-                is_news = False  # a copy: for now, it holds nothing that the file itself does not hold
-                self._is_unsettled = True
-            else:
-                is_news = known is None or (bool(known.place) and _goes_on(generation, known.place))
-                if known is not None and known.place and known.place == self._cut:
-                    self._told, self._cut = generation, ""
-                self._remember(generation, head)
-            if is_news:
+            elif self._is_news(generation, [*self._generations, named]):
                 yield generation
             else:
                 generation.close()
 
-    def _pass_by(self, paths: Iterable[Path], standing: bytes) -> None:
+    def _is_news(self, file: Generation, held: list[Generation]) -> bool:
+        """Whether a rotated file holds what was not read; if so, it stands where that begins."""
+        head = file.read(HEAD_BYTES, 0)
+        if not head or any(own.identity == file.identity for own in held):
+            return False
+        if any(known.is_of(file, head) for known in self._known):
+            return False
+        copied = next((own for own in held if own.begins_with(file)), None)
+        if copied is not None:  # for now, the copy holds nothing that the file itself does not hold
+            self._copies.setdefault(copied, []).append(_known(file, head))
+            self._is_unsettled = True
+            return False
+        self._remember(_known(file, head))
+        truncated = next((each for each in self._truncated if each.is_copied_by(file, head)), None)
+        if truncated is None:
+            return True
+        self._truncated.remove(truncated)
+        self._told = file if truncated.was_told and self._told is None else self._told
+        return file.offset > 0
+
+    def _pass_by(self, paths: Iterable[Path], named: Generation) -> None:
         """Take note of files from before our time, but of no copy in the making of the one that is followed."""
         for path in paths:
-            generation = _opened(path)
-            if generation is not None:
-                head = generation.read(HEAD_BYTES, 0)
-                if not standing.startswith(head):
-                    self._remember(generation, head)
-                generation.close()
+            file = _opened(path)
+            if file is not None:
+                if not named.begins_with(file):
+                    self._remember(_known(file, file.read(HEAD_BYTES, 0)))
+                file.close()
 
-    def _remember(self, generation: Generation, head: bytes, place: str = "") -> None:
-        others = [known for known in self._known if known.head != head]
-        self._known = [*others, _Known(head, generation.identity, place)][-REMEMBERED_MAX:]
-
-    def _known_by(self, head: bytes, identity: tuple[int, int]) -> _Known | None:
-        """Return what is known of a generation that begins so, the newest.
-
-        A copy may have been made before more of it was read; more may have been written since it was read.
-        """
-        for known in reversed(self._known):
-            if known.head.startswith(head):
-                return known
-            if head.startswith(known.head) and (known.place or known.identity == identity):
-                return known
-        return None
+    def _remember(self, *known: _Known) -> None:
+        self._known = [*self._known, *known][-REMEMBERED_MAX:]
 
     # The first reading -----------------------------------------------------------------------------------------------
 
@@ -288,7 +306,7 @@ class FollowedFile:
         """Open the file, and yield the head of a large one. Raises OSError."""
         generation = Generation(self.path)
         self._generations = [generation]
-        self._pass_by(rotated(self.beside), generation.read(HEAD_BYTES, 0))
+        self._pass_by(rotated(self.beside), generation)
         size = generation.size
         if size <= self.head_bytes + self.tail_bytes:
             return
@@ -311,6 +329,10 @@ class FollowedFile:
                 return begin + data.rfind(b"\n", 0, found) + 1
             end = begin
         return None
+
+
+def _known(file: Generation, head: bytes) -> _Known:
+    return _Known(file.identity, file.content_size, head)
 
 
 def _opened(path: Path) -> Generation | None:

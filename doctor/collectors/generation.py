@@ -72,6 +72,29 @@ class Generation:
         return os.fstat(self._file).st_size
 
     @property
+    def is_compressed(self) -> bool:
+        """Whether it is read through gzip; then it is whole, and grows no more."""
+        return self._zip is not None
+
+    @property
+    def content_size(self) -> int:
+        """Its bytes; of a compressed file as its end tells them."""
+        if self._zip is None:
+            return self.size
+        return int.from_bytes(os.pread(self._file, 4, max(0, self.size - 4)), "little")
+
+    def begins_with(self, other: Generation) -> bool:
+        """Whether all that the other holds stands at the beginning of this one too."""
+        size = other.content_size
+        at = 0
+        while at < size <= self.content_size:
+            data = other.read(min(CHUNK_BYTES, HEAD_BYTES + at), at)
+            if not data or self.read(len(data), at) != data:
+                return False
+            at += len(data)
+        return size <= self.content_size
+
+    @property
     def left(self) -> int:
         """Bytes not read yet; of a compressed file those on disk."""
         return max(0, self.size - (0 if self._zip else self.offset))
