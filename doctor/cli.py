@@ -18,6 +18,7 @@ import click
 from doctor import __version__
 
 if TYPE_CHECKING:
+    from doctor.collectors.gpu_access import GpuAccess
     from doctor.config import Site
     from doctor.recorder.flight import FlightRecorder
     from doctor.report import Report
@@ -88,13 +89,14 @@ def refuse(sentence: str) -> NoReturn:
 def _refusals() -> tuple[type[Exception], ...]:
     """Return the exception of each room's seam."""
     from doctor.config import ConfigError
+    from doctor.control import ControlError
     from doctor.door.address import DoorError
     from doctor.feeds.evidence import EvidenceError
     from doctor.feeds.recording import RecordingError
     from doctor.recorder.folder import RecorderError
     from doctor.simulation.faults import FaultError
 
-    return (ConfigError, DoorError, EvidenceError, FaultError, RecorderError, RecordingError)
+    return (ConfigError, ControlError, DoorError, EvidenceError, FaultError, RecorderError, RecordingError)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -330,12 +332,15 @@ def daemon(
 ) -> None:
     """Judge this node for ever, and serve /metrics, /healthz, /report and a page at /."""
     from doctor import daemon
+    from doctor.collectors.gpu_access import GpuAccess
     from doctor.door.address import address
 
     site, at = _site(config), address(listen)
     recorder = _flight_recorder(state_dir or _service_folder(), site)
+    positions = recorder.positions if recorder else ()
+    access = GpuAccess()
     daemon.run(
-        _visits(site, simulate, faults, root, interval=interval, positions=recorder.positions if recorder else ()),
+        _visits(site, simulate, faults, root, interval=interval, positions=positions, access=access),
         _rules(site),
         listen=at,
         interval_seconds=interval,
@@ -345,7 +350,64 @@ def daemon(
         silences=site.silence,
         web_config=web_config,
         recorder=recorder,
+        access=access,
+        control_folder=state_dir or _folder_of("RUNTIME_DIRECTORY") or _service_folder(),
     )
+
+
+with_daemon = [
+    click.option(
+        "--state-dir",
+        type=FILE,
+        metavar="DIR",
+        help="The daemon's --state-dir; default: the folders of the packaged service, /run/gpu-doctor and "
+        "/var/lib/gpu-doctor.",
+    )
+]
+
+
+@cli.command("release-gpu")
+@click.option(
+    "--for", "hold", default="10m", metavar="SPAN", show_default=True, help="How long at most: 90s, 30m; 4h at most."
+)
+@options(with_daemon)
+def release_gpu(*, hold: str, state_dir: Path | None) -> None:
+    """Have the running daemon let go of the GPUs, so that one can be reset or the driver unloaded.
+
+    Meanwhile it says nothing of them, neither good nor bad. It takes them up again when the time is over, or with
+    `gpu-doctor retake-gpu`. For its own user and root.
+    """
+    from doctor.collectors.gpu_access import HOLD_MAX_SECONDS, words_of
+    from doctor.control import Request, answer_of_daemon
+    from doctor.recorder.moment import span
+
+    seconds = span(hold)
+    if not 0 < seconds <= HOLD_MAX_SECONDS:
+        raise click.UsageError(f"--for {hold}: GPUs can be let go for {words_of(HOLD_MAX_SECONDS)} at most")
+    answer_of_daemon(_daemon_folders(state_dir), Request(release_seconds=seconds))
+    _say(
+        f"GPU access let go for {words_of(seconds)}: gpu-doctor has no GPU open. Now run `nvidia-smi --gpu-reset -i N` or "
+        "unload the driver, then `gpu-doctor retake-gpu`.\n"
+    )
+
+
+@cli.command("retake-gpu")
+@options(with_daemon)
+def retake_gpu(*, state_dir: Path | None) -> None:
+    """Have the running daemon take up the GPUs again that `release-gpu` made it let go of."""
+    from doctor.control import Request, answer_of_daemon
+
+    if answer_of_daemon(_daemon_folders(state_dir), Request()).was_released:
+        _say("GPU access taken up again: the next visit reads the GPUs.\n")
+    else:
+        _say("GPU access had not been let go: nothing to do.\n")
+
+
+def _daemon_folders(state_dir: Path | None) -> list[Path]:
+    """Return where a daemon's socket may lie."""
+    from doctor.control import SERVICE_FOLDER
+
+    return [state_dir] if state_dir else [SERVICE_FOLDER, _service_folder() or STATE_FOLDER]
 
 
 @cli.command()
@@ -479,20 +541,35 @@ def _visits(
     interval: float = 1.0,
     times: int | None = None,
     positions: tuple[Position, ...] = (),
+    access: GpuAccess | None = None,
 ) -> Generator[Snapshot, None, None]:
     """Return the visits of this node, or of a simulated one; closing them lets go of the node."""
     if simulate is not None:
         from doctor.feeds import simulated
 
-        return _closable(simulated.node(simulate, faults, every=interval, times=times, patterns=site.log_patterns))
+        visits = simulated.node(
+            simulate,
+            faults,
+            every=interval,
+            times=times,
+            patterns=site.log_patterns,
+            access=access,
+            paces=site.collectors,
+        )
+        return _closable(visits)
     if faults:
         raise click.UsageError("--fault is of a simulated node: it needs --simulate PROFILE")
     from doctor.feeds import live
 
     collectors = live.collectors(
-        root, logs=site.engine.logs, metrics=site.engine.metrics, patterns=site.log_patterns, positions=positions
+        root,
+        logs=site.engine.logs,
+        metrics=site.engine.metrics,
+        patterns=site.log_patterns,
+        positions=positions,
+        access=access,
     )
-    return _closable(live.every(interval, collectors, times))
+    return _closable(live.every(interval, collectors, times, paces=site.collectors))
 
 
 def _replayed(path: Path) -> Iterator[Snapshot]:
@@ -539,8 +616,13 @@ def _recorder_folder(state_dir: Path | None) -> Path:
 
 
 def _service_folder() -> Path | None:
-    """Return the state folder that systemd gives the service, the first where there are several."""
-    told = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    """Return the state folder that systemd gives the service."""
+    return _folder_of("STATE_DIRECTORY")
+
+
+def _folder_of(variable: str) -> Path | None:
+    """Return a folder that systemd names to the service, the first where there are several."""
+    told = os.environ.get(variable, "").partition(":")[0]
     return Path(told) if told else None
 
 

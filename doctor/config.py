@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import msgspec
 
 from doctor import drop_ins, log_patterns
+from doctor.collectors.collector import INTERVAL_SECONDS, Pace
 from doctor.readers.patterns import LogPattern
 from doctor.rule import AnyRule, Severity
 from doctor.silence import Moment, Silence
-from doctor.snapshot import Source
+from doctor.snapshot import OF_A_NODE, Source
 
 FILE = Path("/etc/gpu-doctor/config.toml")
 """Read where no other file is named, and skipped where it does not exist."""
@@ -49,6 +50,8 @@ class Sections(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optional: tuple[Source, ...] = ()
     """Essential sources that this site can do without: unseen, they don't make a report incomplete."""
     engine: EngineSite = EngineSite()
+    collectors: dict[Source, Pace] = {}
+    """`[collectors.<source>]`: how often a source is read, and how long a visit waits for it."""
     recorder: RecorderSite = RecorderSite()
     rules: dict[str, dict[str, Any]] = {}
     """`[rules.<id>]`: `enabled`, `severity`, and the names of the rule's limits."""
@@ -80,6 +83,17 @@ def read(path: Path) -> Site:
         words = str(e).replace("Object contains unknown field", "there is no setting")
         msg = f"{path}: {words}"
         raise ConfigError(msg) from e
+    for source, pace in sections.collectors.items():
+        if source not in OF_A_NODE:
+            msg = f"{path}: [collectors.{source.value}]: no collector reads it"
+            raise ConfigError(msg)
+        if pace.interval_seconds is not None and source not in INTERVAL_SECONDS:
+            others = " and ".join(other.value for other in INTERVAL_SECONDS)
+            msg = (
+                f"{path}: [collectors.{source.value}] interval_seconds: it is read at every visit, or its counters would "
+                f"seem to stand still; an interval of its own have {others}"
+            )
+            raise ConfigError(msg)
     return Site(**{name: getattr(sections, name) for name in Sections.__struct_fields__}, file=str(path))
 
 

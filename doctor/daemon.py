@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 import structlog
 
+from doctor.collectors.gpu_access import HOLD_SECONDS, GpuAccess
+from doctor.control import control
 from doctor.diagnose import watch
 from doctor.door.address import Address
 from doctor.door.server import Door
@@ -38,8 +41,13 @@ def run(  # the one function that ties feed, path, page and log together
     silences: Sequence[Silence] = (),
     web_config: Path | None = None,
     recorder: FlightRecorder | None = None,
+    access: GpuAccess | None = None,
+    control_folder: Path | None = None,
 ) -> None:
-    """Judge every visit and serve the last report until SIGTERM or SIGINT. Raises DoorError where it can't."""
+    """Judge every visit and serve the last report until SIGTERM or SIGINT. Raises DoorError where it can't.
+
+    *access*: to the GPUs, which signals let go of and take up again, and requests to a socket in *control_folder*.
+    """
     log = _log()
     past = recorder.past if recorder else ()
     tally = _tally_of(past[-1].counted) if past else Tally()
@@ -54,7 +62,13 @@ def run(  # the one function that ties feed, path, page and log together
     )
     before = next((entry.findings for entry in reversed(past) if entry.findings is not None), ())
     try:
-        with _ended_by_signals(), closing(visits), door.opened() as bound, service_manager(interval_seconds) as manager:
+        with (
+            _ended_by_signals(),
+            closing(visits),
+            door.opened() as bound,
+            service_manager(interval_seconds) as manager,
+            _told_to_let_go(access, control_folder, log),
+        ):
             log.info("listening", address=str(bound), version=version)
             if past:
                 log.info("recording read", visits=len(past), last_at=past[-1].snapshot.at)
@@ -120,6 +134,32 @@ def _log() -> Any:
             structlog.processors.JSONRenderer(),
         ],
     )
+
+
+@contextmanager
+def _told_to_let_go(access: GpuAccess | None, folder: Path | None, log: Any) -> Generator[None]:
+    """Let SIGUSR1 have the GPUs let go and SIGUSR2 have them taken up again, and whoever asks at the socket."""
+    if access is None:
+        yield
+        return
+
+    def told(number: int, _frame: object) -> None:  # in a thread: NVML's child takes its time to end
+        name = signal.Signals(number).name
+        if number == signal.SIGUSR1:
+            threading.Thread(target=access.release, args=(HOLD_SECONDS, name), daemon=True).start()
+        else:
+            threading.Thread(target=access.retake, args=(name,), daemon=True).start()
+
+    access.tell = log.info
+    before = {one: signal.signal(one, told) for one in (signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        with ExitStack() as leaving:
+            if folder is not None:
+                leaving.enter_context(control(folder, access, log))
+            yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ FLOORS = (
     ("doctor.__main__",),
     ("doctor.cli",),
     ("doctor.daemon",),
-    ("doctor.door", "doctor.notify"),
+    ("doctor.door", "doctor.notify", "doctor.control"),
     ("doctor.diagnose", "exporters"),
     ("doctor.recorder",),
     ("rules", "doctor.report", "doctor.config", "doctor.feeds"),

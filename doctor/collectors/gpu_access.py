@@ -47,7 +47,7 @@ class GpuAccess:
             self._until = self._clock() + seconds
             self._why = Absent(
                 Why.NOT_ASKED,
-                f"GPU access was let go for {span(seconds)} ({by}), so that GPUs can be reset; it is taken up again after "
+                f"GPU access was let go for {words_of(seconds)} ({by}), so that GPUs can be reset; it is taken up again after "
                 "that, or by `gpu-doctor retake-gpu`",
             )
         held = self._let_go() if self._let_go is not None else None
@@ -85,7 +85,7 @@ def _nobody(event: str, **facts: object) -> None:
     """Listen to no event."""
 
 
-def span(seconds: float) -> str:
+def words_of(seconds: float) -> str:
     """Return a span of time in words."""
     for name, length in (("hour", 3600), ("minute", 60)):
         if seconds >= length and seconds % length == 0:

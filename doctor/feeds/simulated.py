@@ -8,11 +8,13 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from doctor.collectors.collector import Pace
+from doctor.collectors.gpu_access import GpuAccess
 from doctor.collectors.kernel_log import KMSG, KernelLog
 from doctor.collectors.nvml import NvmlCollector
 from doctor.feeds import live
@@ -25,7 +27,7 @@ from doctor.simulation.physics import Drill
 from doctor.simulation.profiles import Profile, Workload
 from doctor.simulation.root import SimulatedRoot
 from doctor.simulation.script import READY_SECONDS, STARTS_SECONDS
-from doctor.snapshot import Node, Snapshot
+from doctor.snapshot import Node, Snapshot, Source
 
 TICK_SECONDS = 0.1
 """How often the node's files are brought up to its time."""
@@ -39,13 +41,22 @@ def node(
     times: int | None = None,
     patience_seconds: float = 5.0,
     patterns: Sequence[LogPattern] = (),
+    access: GpuAccess | None = None,
+    paces: Mapping[Source, Pace] | None = None,
 ) -> Iterator[Snapshot]:
     """Yield the visits of a simulated node, one each *every* seconds; nothing of it is left when they end.
 
     Raises FaultError for a profile or a fault that is none.
     """
     drill = drill_of(profile, faults)
-    return _visits(drill, every, times, patience_seconds, patterns)
+    nvml = NvmlCollector(
+        root=None,
+        library="doctor.simulation.nvml",
+        spec=msgspec.json.encode(drill).decode(),
+        patience_seconds=patience_seconds,
+        access=access,
+    )
+    return _visits(drill, nvml, patterns, every=every, times=times, paces=paces)
 
 
 def drill_of(profile: str, faults: Iterable[str] = ()) -> Drill:
@@ -111,7 +122,13 @@ def _parts(fault: Fault, there: Profile, engine: Workload) -> Iterator[Fault]:
 
 
 def _visits(
-    drill: Drill, every: float, times: int | None, patience_seconds: float, patterns: Sequence[LogPattern]
+    drill: Drill,
+    nvml: NvmlCollector,
+    patterns: Sequence[LogPattern],
+    *,
+    every: float,
+    times: int | None,
+    paces: Mapping[Source, Pace] | None,
 ) -> Iterator[Snapshot]:
     with contextlib.ExitStack() as leaving:
         folder = Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="gpu-doctor-simulated-")))
@@ -119,13 +136,8 @@ def _visits(
         leaving.callback(world.close)
         life = _Life(world)
         leaving.callback(life.close)
-        nvml = NvmlCollector(
-            root=None,
-            library="doctor.simulation.nvml",
-            spec=msgspec.json.encode(drill).decode(),
-            patience_seconds=patience_seconds,
-        )
-        for snapshot in live.every(every, (nvml, *world.collectors), times, node=world.described):
+        collectors = (nvml, *world.collectors)
+        for snapshot in live.every(every, collectors, times, node=world.described, paces=paces):
             yield world.as_of_its_own_root(snapshot)
 
 

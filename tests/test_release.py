@@ -1,0 +1,224 @@
+"""GPUs are let go of when an operator asks, nothing is said of them meanwhile, and they are taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from daemons import Daemon, await_true, running
+
+from doctor.collectors.collector import CannotSeeError, Visit
+from doctor.collectors.gpu_access import HOLD_MAX_SECONDS, GpuAccess
+from doctor.collectors.nvml import NvmlCollector
+from doctor.control import ControlError, Request, answer_of_daemon, control
+from doctor.snapshot import Why
+
+PROGRAM = ("-m", "doctor", "daemon", "--listen", "127.0.0.1:0", "--interval", "0.3")
+
+
+def told(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "doctor", *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def report_of(daemon: Daemon) -> dict[str, object]:
+    status, _, body = daemon.get("/report")
+    return json.loads(body) if status == 200 else {}
+
+
+def unseen_of(daemon: Daemon, source: str) -> str | None:
+    """The reason why a source was unseen at the last visit; empty: it was seen; None: there is no report."""
+    report = report_of(daemon)
+    if not report:
+        return None
+    parts = [u for u in report["unseen"] if u["source"] == source and not u.get("what")]  # type: ignore[attr-defined, index]
+    return str(parts[0]["why"]) if parts else ""
+
+
+def nvml_children(daemon: Daemon) -> list[psutil.Process]:
+    children = psutil.Process(daemon.process.pid).children()
+    return [child for child in children if "doctor.collectors.nvml_child" in child.cmdline()]
+
+
+def events(daemon: Daemon, name: str) -> list[dict[str, object]]:
+    return [event for event in daemon.log if event["event"] == name]
+
+
+def test_an_operator_lets_go_of_the_gpus_and_takes_them_up_again(tmp_path: Path) -> None:
+    with running(*PROGRAM, "--simulate", "dgx-h100-4of8", "--state-dir", str(tmp_path)) as daemon:
+        await_true(lambda: unseen_of(daemon, "nvml") == "")
+        (child,) = nvml_children(daemon)
+        done = told("release-gpu", "--for", "10m", "--state-dir", str(tmp_path))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("GPU access let go for 10 minutes: gpu-doctor has no GPU open.")
+        assert "retake-gpu" in done.stdout
+        assert not child.is_running()
+        assert nvml_children(daemon) == []
+
+        why = await_true(lambda: unseen_of(daemon, "nvml"))
+        assert "GPU access was let go for 10 minutes" in str(why)
+        report = report_of(daemon)
+        assert report["findings"] == []
+        assert report["verdict"] == "incomplete"
+        assert "gpu-lost" not in report["quiet"]  # type: ignore[operator]
+        assert daemon.get("/healthz")[0] == 200
+        page = daemon.get("/metrics")[2].decode()
+        assert "gpu_doctor_gpu_temperature_celsius{" not in page
+        assert 'gpu_doctor_collector_success{collector="nvml"} 0.0' in page
+
+        assert "taken up again" in told("retake-gpu", "--state-dir", str(tmp_path)).stdout
+        await_true(lambda: unseen_of(daemon, "nvml") == "")
+        assert len(nvml_children(daemon)) == 1
+        assert "nothing to do" in told("retake-gpu", "--state-dir", str(tmp_path)).stdout
+        assert len(events(daemon, "gpu access let go")) == len(events(daemon, "gpu access taken up")) == 1
+        assert events(daemon, "finding appeared") == []
+        assert daemon.end() == 0
+    assert not (tmp_path / "control.sock").exists()
+
+
+def test_signals_let_go_and_take_up() -> None:
+    with running(*PROGRAM, "--simulate", "l40s-4") as daemon:
+        await_true(lambda: unseen_of(daemon, "nvml") == "")
+        daemon.process.send_signal(signal.SIGUSR1)
+        daemon.await_event("gpu access let go")
+        await_true(lambda: nvml_children(daemon) == [])
+        await_true(lambda: "SIGUSR1" in (unseen_of(daemon, "nvml") or ""))
+        daemon.process.send_signal(signal.SIGUSR2)
+        assert daemon.await_event("gpu access taken up")["by"] == "SIGUSR2"
+        await_true(lambda: unseen_of(daemon, "nvml") == "")
+
+
+def test_nobody_to_tell_is_one_sentence_that_says_what_else_there_is(tmp_path: Path) -> None:
+    done = told("release-gpu", "--state-dir", str(tmp_path))
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"gpu-doctor: no daemon listens in {tmp_path}")
+    assert "SIGUSR1" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("hold", ["5h", "0s", "soon"])
+def test_gpus_are_not_let_go_for_ever(hold: str, tmp_path: Path) -> None:
+    done = told("release-gpu", "--for", hold, "--state-dir", str(tmp_path))
+    assert done.returncode in (2, 3)
+    assert "no daemon" not in done.stderr
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_forgotten_release_ends_by_itself() -> None:
+    clock, said = Clock(), []
+    access = GpuAccess(clock)
+    access.held_by(lambda: None)
+    access.tell = lambda event, **facts: said.append((event, facts.get("by")))
+    access.release(1e9, "test")
+    clock.now += HOLD_MAX_SECONDS - 1
+    assert access.why_not() is not None
+    assert not access.was_retaken()
+    clock.now += 1
+    assert access.why_not() is None
+    assert access.was_retaken()
+    assert not access.was_retaken()
+    assert said == [("gpu access let go", "test"), ("gpu access taken up", "the time is over")]
+
+
+def test_what_was_left_alone_is_asked_again_after_a_release() -> None:
+    access = GpuAccess()
+    collector = NvmlCollector(root=None, child=("/nonexistent/python",), access=access)
+    collector._left_alone["0000:18:00.0"] = False
+    access.release(60, "test")
+    with pytest.raises(CannotSeeError) as e:
+        collector.collect(Visit(at=0.0))
+    assert e.value.why.why is Why.NOT_ASKED
+    access.retake("test")
+    with pytest.raises(CannotSeeError):  # it tries to start a child
+        collector.collect(Visit(at=0.0))
+    assert collector._left_alone == {}
+
+
+class Log:
+    def __init__(self) -> None:
+        self.warnings: list[dict[str, object]] = []
+
+    def warning(self, event: str, **facts: object) -> None:
+        self.warnings.append({"event": event, **facts})
+
+
+@contextmanager
+def controlled(folder: Path, held_by: int | None = None) -> Iterator[Log]:
+    access, log = GpuAccess(), Log()
+    access.held_by(lambda: held_by)
+    with control(folder, access, log):
+        yield log
+
+
+class TestSocket:
+    def test_it_is_its_owners_alone(self, tmp_path: Path) -> None:
+        with controlled(tmp_path):
+            mode = (tmp_path / "control.sock").stat().st_mode
+            assert stat.S_ISSOCK(mode)
+            assert stat.S_IMODE(mode) == 0o600
+
+    def test_a_folder_with_a_long_name_will_do(self, tmp_path: Path) -> None:
+        folder = tmp_path / ("n" * 200)
+        folder.mkdir()
+        with controlled(folder) as log:
+            assert log.warnings == []
+            assert answer_of_daemon([tmp_path, folder], Request(1.0)).was_released is False
+            assert answer_of_daemon([folder], Request()).was_released is True
+
+    def test_what_a_killed_daemon_left_is_in_nobodys_way(self, tmp_path: Path) -> None:
+        with controlled(tmp_path):
+            os.link(tmp_path / "control.sock", tmp_path / "kept")
+        (tmp_path / "kept").rename(tmp_path / "control.sock")
+        with pytest.raises(ControlError, match="no daemon listens"):
+            answer_of_daemon([tmp_path], Request())
+        with controlled(tmp_path):
+            answer_of_daemon([tmp_path], Request())
+
+    def test_a_folder_that_is_not_there_costs_the_socket_alone(self, tmp_path: Path) -> None:
+        with controlled(tmp_path / "none") as log:
+            assert [warning["event"] for warning in log.warnings] == ["no control socket"]
+
+    def test_a_child_that_the_kernel_holds_is_named(self, tmp_path: Path) -> None:
+        with controlled(tmp_path, held_by=4711), pytest.raises(ControlError, match=r"\(pid 4711\)"):
+            answer_of_daemon([tmp_path], Request(60.0))
+
+    @pytest.mark.parametrize("sent", [b"", b"\n", b"nonsense\n", b'{"release_seconds": "x"}\n', b"x" * 100_000])
+    def test_bad_requests_are_refused_and_the_next_one_is_heard(self, sent: bytes, tmp_path: Path) -> None:
+        import socket
+
+        with controlled(tmp_path):
+            with socket.socket(socket.AF_UNIX) as channel:
+                channel.settimeout(20)
+                channel.connect(os.path.relpath(tmp_path / "control.sock"))
+                try:
+                    channel.sendall(sent)
+                    channel.shutdown(socket.SHUT_WR)
+                    assert b"the request is none" in channel.recv(4096)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # it heard enough
+            assert answer_of_daemon([tmp_path], Request()).refusal == ""
+        assert not any(thread.name == "control" and thread.is_alive() for thread in settled_threads())
+
+
+def settled_threads() -> list[threading.Thread]:
+    for thread in threading.enumerate():
+        if thread.name == "control":
+            thread.join(20)
+    return threading.enumerate()
