@@ -8,7 +8,14 @@ from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import EngineEvent, Source
 from doctor.symptoms.engine_groups import gpus_of_engine
-from doctor.symptoms.engine_log import KILLED_EXIT_CODES, REPORTS_OF_DEATH, EngineLog, Incident, incidents
+from doctor.symptoms.engine_log import (
+    KILLED_EXIT_CODES,
+    REPORTS_OF_DEATH,
+    EngineLog,
+    Incident,
+    incidents,
+    vanished_core,
+)
 
 TOLD_BY_OTHERS = frozenset(
     {
@@ -89,7 +96,7 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
     Where a deeper cause is known (a lost GPU, a fault, a timeout), this is how the engine met it, and hangs below it.
     """
     for log, incident in incidents(history):
-        if _is_told(incident):
+        if _is_told(incident) or vanished_core(history, log) is not None:
             continue
         yield _finding(log, incident, gpus_of_engine(history, log.engine))
 

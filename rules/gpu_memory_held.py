@@ -66,8 +66,8 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
             yield gpu.processes
             continue
         held = _held(history, gpu, limits)
-        owners = [e for e in latest.engines if not _is_left_over(e) and _pids(e) & {p.pid for p in gpu.processes}]
-        left_over = {pid for engine in latest.engines if _is_left_over(engine) for pid in _pids(engine)}
+        owners = [e for e in latest.engines if not e.is_left_over and _pids(e) & {p.pid for p in gpu.processes}]
+        left_over = {pid for engine in latest.engines if engine.is_left_over for pid in _pids(engine)}
         if not held.strangers:
             continue
         if not (owners or gpu.index in starved or {p.pid for p in held.strangers} & left_over):
@@ -92,7 +92,7 @@ def _held(history: History, gpu: Gpu, limits: Limits) -> Held:
 
 def _strangers(snapshot: Snapshot, uuid: str, limits: Limits) -> set[int]:
     gpu = snapshot.gpu(uuid)
-    owned = {pid for engine in snapshot.engines if not _is_left_over(engine) for pid in _pids(engine)}
+    owned = {pid for engine in snapshot.engines if not engine.is_left_over for pid in _pids(engine)}
     return {
         process.pid
         for process in (gpu.processes if gpu is not None and known(gpu.processes) else ())
@@ -111,11 +111,6 @@ def _is_any_recognised(snapshot: Snapshot) -> bool:
     """Whether any process of an engine is among NVML's."""
     seen = {process.pid for gpu in snapshot.gpus if known(gpu.processes) for process in gpu.processes}
     return any(_pids(engine) & seen for engine in snapshot.engines)
-
-
-def _is_left_over(engine: Engine) -> bool:
-    """Whether its server is gone: what is left of a vLLM is known by its title alone, `VLLM::EngineCore`."""
-    return len(engine.command_line) == 1 and "::" in engine.command_line[0]
 
 
 def _starved(history: History) -> dict[int, tuple[str, Evidence]]:

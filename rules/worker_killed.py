@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import EngineEvent, OomKill, Source
 from doctor.symptoms.engine_groups import gpus_of_engine
-from doctor.symptoms.engine_log import KILLED_EXIT_CODES, EngineLog, Incident, engine_logs
+from doctor.symptoms.engine_log import KILLED_EXIT_CODES, EngineLog, Incident, engine_logs, vanished_core
 from doctor.symptoms.xids import of_this_boot
 
 TITLES = ("VLLM::", "vllm", "ray::", "sglang")
@@ -17,6 +19,8 @@ TITLES = ("VLLM::", "vllm", "ray::", "sglang")
 PLAIN_TITLE = "python"
 PLAIN_BYTES = 64 << 30
 """Engines without a title of their own are `python3`. guess: on a node whose engines are not seen, one this large is one."""
+
+BY_WHOM = "by the out-of-memory killer, or by hand"
 
 KILLS = ("SIGKILL",)
 """A process can't ask for this one by its own mistake, unlike SIGSEGV or SIGABRT."""
@@ -39,13 +43,14 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
         ours += [kill for kill in kills if _may_be_engine(kill)]
     used: set[str] = set()
     for log in logs:
-        death = _killed(log.incident)
+        death = _killed(log.incident) or vanished_core(history, log)
         if log.incident is None or death is None:
             continue
         kill = next((k for k in kills if k in ours or k.pid == death.facts.get("worker_pid")), None)
         if kill is not None:
             used.add(kill.where)
-        yield _finding(log, log.incident, death, kill, gpus_of_engine(history, log.engine))
+        found = _finding(log, log.incident, death, kill, gpus_of_engine(history, log.engine))
+        yield found if kill is not None or _killed(log.incident) else _unnamed(history, log, found)
     recovered = any(log.serving and log.incident is None for log in logs)
     for kill in ours:
         if kill.where not in used and not recovered:
@@ -81,9 +86,7 @@ def _finding(
     name = death.facts.get("name") or death.facts.get("process") or "A process of the engine"
     if death.facts.get("kind") == "host-memory":
         return _by_ray(log, incident, death)
-    by = (
-        f"the kernel's out-of-memory killer took it{_size(kill)}" if kill else "by the out-of-memory killer, or by hand"
-    )
+    by = f"the kernel's out-of-memory killer took it{_size(kill)}" if kill else BY_WHOM
     evidence = [Evidence(Source.ENGINE_LOG.value, death.where, death.text)]
     if kill is not None:
         evidence.append(Evidence(Source.KERNEL_LOG.value, kill.where, kill.text))
@@ -94,6 +97,21 @@ def _finding(
         subject=Subject(engine=log.engine, gpus=gpus, pids=(kill.pid,) if kill is not None else ()),
         since=incident.at,
         facts={"log": log.log},
+    )
+
+
+def _unnamed(history: History, log: EngineLog, found: Finding) -> Finding:
+    """Return the finding of an engine core that was there and is not: no line names the signal."""
+    cores = [(e.cores or e.ranks) for s in history.snapshots for e in s.engines if e.id == log.engine]
+    pids = tuple(rank.pid for rank in cores[-1]) if cores else ()
+    who = f"The engine core (pid {pids[0]})" if len(pids) == 1 else "An engine core"
+    looked = Source.KERNEL_LOG in history.latest.seen
+    by = "and the kernel log tells of no out-of-memory kill: by hand, or by a supervisor" if looked else BY_WHOM
+    return msgspec.structs.replace(
+        found,
+        summary=f"{who} was ended from outside: it left no word of an error, as after SIGKILL, {by}",
+        confidence=Confidence.MEDIUM if looked else Confidence.LOW,
+        subject=msgspec.structs.replace(found.subject, pids=pids if len(pids) == 1 else ()),
     )
 
 

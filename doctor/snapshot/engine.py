@@ -185,6 +185,11 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The engine's identity: pid and start time, as they were told first."""
         return self.identity or f"{self.pid}@{self.started_at:.0f}"
 
+    @property
+    def is_left_over(self) -> bool:
+        """Whether its server is gone: what is left of a vLLM is known by its title alone, `VLLM::EngineCore`."""
+        return len(self.command_line) == 1 and "::" in self.command_line[0]
+
 
 class EngineEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A line of an engine's log that some symptom can use."""

@@ -74,8 +74,17 @@ def _if_whole_node(snapshot: Snapshot, size: int) -> tuple[str, ...]:
 
 
 def gpus_of_engine(history: History, engine: str) -> tuple[str, ...]:
-    """Return the GPUs of an engine's ranks; empty where nothing tells which."""
-    return next((group.gpus for group in rank_groups(history) if group.engine == engine), ())
+    """Return the GPUs of an engine's ranks, of one that is gone too; empty where nothing tells which."""
+    group = next((group for group in rank_groups(history) if group.engine == engine), None)
+    return group.gpus if group is not None else _gpus_before(engine, history)
+
+
+def _gpus_before(engine: str, history: History) -> tuple[str, ...]:
+    for snapshot in reversed(history.snapshots):
+        seen = next((e for e in snapshot.engines if e.id == engine), None)
+        if seen is not None and (group := _of_engine(seen, snapshot, None)) is not None:
+            return group.gpus
+    return ()
 
 
 def engine_of_gpu(history: History, uuid: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import msgspec
 
 from doctor.history import History, measured_once
-from doctor.snapshot import Engine, EngineEvent
+from doctor.snapshot import Engine, EngineEvent, HostMessage
 
 REPORTS_OF_DEATH = frozenset(
     {
@@ -84,6 +84,12 @@ _POISONED = frozenset(
 KILLED_EXIT_CODES = {-9: "SIGKILL", -11: "SIGSEGV", -7: "SIGBUS", -6: "SIGABRT", -4: "SIGILL", -8: "SIGFPE", 137: "SIGKILL", 139: "SIGSEGV", 135: "SIGBUS", 134: "SIGABRT", 132: "SIGILL", 136: "SIGFPE"}  # fmt: skip
 """Exit codes that tell a signal: Python's negative numbers, and a shell's 128 + n."""
 
+CORE_IS_GONE = ("engine core exited unexpectedly", "Engine core proc ")
+"""What the server says when an engine core ended, without knowing how: vLLM 0.32, and before."""
+
+STAMP_SECONDS = 1.0
+"""vLLM's stamps are whole seconds, cut."""
+
 _AFTERMATH_TYPES = ("CancelledError", "ConnectionResetError", "BrokenPipeError", "ConnectionRefusedError", "EOFError", "DistNetworkError", "DistStoreError", "ActorDiedError", "ValidationError", "SystemExit", "KeyboardInterrupt", "ZMQError", "CalledProcessError", "ClientDisconnect", "WorkerCrashedError", "RayTaskError")  # fmt: skip
 _AFTERMATH_MESSAGES = ("cancelled", "cannot schedule new futures after", "Event loop is closed", "Executor failed", "Event loop stopped")  # fmt: skip
 _VAGUE_LAUNCH_ERRORS = ("no-device-type", "model-inspection")
@@ -119,9 +125,9 @@ class EngineLog(msgspec.Struct, frozen=True, kw_only=True):
 
     log: str
     engine: str
-    """`Engine.id` where the engine is known, else the log."""
+    """`Engine.id` of the engine that wrote it last, or that an incident broke; the log where none was seen."""
     runs: bool
-    """Whether its process was seen alive; an engine that pasted evidence tells of has no start time."""
+    """Whether a process writes it that was seen alive; an engine that pasted evidence tells of has no start time."""
     events: tuple[EngineEvent, ...]
     """Those of its present life: since it was started last."""
     serving: bool
@@ -152,13 +158,44 @@ def engine_logs(history: History) -> tuple[EngineLog, ...]:
     by_log: dict[str, list[EngineEvent]] = {}
     for event in history.engine_events():
         by_log.setdefault(event.log, []).append(event)
-    engines = {engine.log: engine for engine in history.latest.engines if isinstance(engine.log, str)}
-    return tuple(_engine_log(log, events, engines.get(log)) for log, events in by_log.items())
+    writers = _writers(history)
+    living = {engine.id for engine in history.latest.engines}
+    return tuple(_engine_log(log, events, writers.get(log, ()), living) for log, events in by_log.items())
+
+
+def _writers(history: History) -> dict[str, tuple[Engine, ...]]:
+    """Return the engines that wrote each log, the latest last. What is left of one counts to it."""
+    found: dict[str, dict[str, Engine]] = {}
+    for snapshot in history.snapshots:
+        for engine in snapshot.engines:
+            if isinstance(engine.log, str):
+                of_log = found.setdefault(engine.log, {})
+                if not (engine.is_left_over and of_log):
+                    of_log[engine.id] = engine
+    return {log: tuple(sorted(of_log.values(), key=lambda e: e.started_at)) for log, of_log in found.items()}
 
 
 def incidents(history: History) -> tuple[tuple[EngineLog, Incident], ...]:
     """Return the incidents that are not over, with their logs."""
     return tuple((log, log.incident) for log in engine_logs(history) if log.incident is not None)
+
+
+def vanished_core(history: History, log: EngineLog) -> EngineEvent | None:
+    """Return the server's word that its engine core is gone, where the core itself said none and did not fault.
+
+    Of an engine that was seen to live only: a pasted log may begin after the core's last words.
+    """
+    cause = log.incident.cause if log.incident is not None else None
+    if cause is None or cause.signal != "worker-died" or "exit_code" in cause.facts:
+        return None
+    if not any(words in cause.text for words in CORE_IS_GONE):
+        return None
+    lives = [e for s in history.snapshots for e in s.engines if e.id == log.engine and e.started_at > 0]
+    pids = {rank.pid for engine in lives for rank in (*engine.cores, *engine.ranks)}
+    faulted = any(
+        isinstance(e, HostMessage) and e.kind == "segfault" and e.pid in pids for e in history.kernel_events()
+    )
+    return None if faulted or not lives else cause
 
 
 def is_progress(event: EngineEvent) -> bool:
@@ -173,8 +210,8 @@ def _number(event: EngineEvent, name: str) -> float:
     return value if isinstance(value, int | float) else 0.0
 
 
-def _engine_log(log: str, events: list[EngineEvent], engine: Engine | None) -> EngineLog:
-    runs = engine is not None and engine.started_at > 0
+def _engine_log(log: str, events: list[EngineEvent], writers: tuple[Engine, ...], living: set[str]) -> EngineLog:
+    runs = bool(writers) and writers[-1].id in living and writers[-1].started_at > 0
     life_start = 0
     serving = stopped = False
     errors: list[EngineEvent] = []
@@ -203,15 +240,24 @@ def _engine_log(log: str, events: list[EngineEvent], engine: Engine | None) -> E
             seen_running = True
             if not stopped:
                 errors.append(event)
+    incident = _incident(log, errors, stamps, serving=serving, runs=runs)
     return EngineLog(
         log=log,
-        engine=engine.id if engine is not None else log,
+        engine=_writer(writers, incident).id if writers else log,
         runs=runs,
         events=tuple(events[life_start:]),
         serving=serving,
         stopped=stopped,
-        incident=_incident(log, errors, stamps, serving=serving, runs=runs),
+        incident=incident,
     )
+
+
+def _writer(writers: tuple[Engine, ...], incident: Incident | None) -> Engine:
+    """Return the latest engine or, while it has not come up since an earlier one's incident, that earlier one."""
+    if incident is None or incident.at is None:
+        return writers[-1]
+    until = incident.at + STAMP_SECONDS
+    return next((engine for engine in reversed(writers) if engine.started_at <= until), writers[-1])
 
 
 def _is_orderly(errors: list[EngineEvent], serving: bool) -> bool:

@@ -78,10 +78,9 @@ class Flat(msgspec.Struct, frozen=True):
 
 
 def flat_engines(history: History, window_seconds: float, visits_min: int = 3) -> tuple[Flat, ...]:
-    """Return the engines that ran requests, or of which a process was stopped, at every visit of the window, and whose
-    counters did not move over it.
+    """Return the engines whose counters did not move over the window while requests ran or a process was stopped.
 
-    A visit without metrics (a failed scrape) says nothing and breaks nothing; fewer than *visits_min* say too little.
+    They do so at every visit of it. A visit without metrics (a failed scrape) says nothing and breaks nothing; fewer than *visits_min* say too little.
     """
     by_engine: dict[str, list[EngineMetrics]] = {}
     for snapshot in history.snapshots:

@@ -1,0 +1,116 @@
+"""An engine that dies while the daemon watches it: who it was, what is left of it, and what took it."""
+
+from __future__ import annotations
+
+import msgspec
+import nodes
+import pytest
+
+from doctor.report import Report
+from doctor.rule import Confidence, Finding
+from doctor.snapshot import Engine, EngineEvent, HostMessage, Rank, Snapshot, Source
+from doctor.symptoms.engine_log import engine_logs
+from rules import RULES
+
+CORE = 2100
+WORDS = {
+    "vLLM 0.32": "[shutdown] MPClient: engine core exited unexpectedly; starting cleanup",
+    "vLLM 0.19": "Engine core proc EngineCore_DP0 died unexpectedly, shutting down client.",
+}
+
+
+def with_core(snapshot: Snapshot) -> Snapshot:
+    return nodes.with_engine(snapshot, cores=(Rank(pid=CORE, title="VLLM::EngineCore", state="sleeping"),))
+
+
+def remnants(engine: Engine) -> tuple[Engine, ...]:
+    """The workers that outlive their front for some seconds, each the topmost process of its family."""
+    return tuple(
+        Engine(pid=rank.pid, started_at=engine.started_at + 20, kind="vllm", command_line=(rank.title,), ranks=(rank,), log=engine.log)
+        for rank in engine.ranks
+    )  # fmt: skip
+
+
+def killed(words: str = WORDS["vLLM 0.32"]) -> tuple[Snapshot, ...]:
+    """A healthy engine, then its death, then what is left of it, then nothing."""
+    alive = nodes.each(nodes.healthy("hgx-h100-4", visits=5), with_core)
+    (engine,) = alive[0].engines
+    death = nodes.line("worker-died", words, number=90, at=alive[2].at - 1)
+    report = nodes.line("engine-dead", "EngineDeadError: EngineCore encountered an issue.", number=91, at=alive[2].at)
+    return (
+        *alive[:2],
+        nodes.with_lines(alive[2], death, report),
+        *(nodes.put(nodes.without_engine(s), engines=left) for s, left in zip(alive[3:], (remnants(engine), ()), strict=True)),
+    )  # fmt: skip
+
+
+def first_of(report: Report) -> Finding:
+    return report.findings[0].finding
+
+
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
+def test_an_engine_core_that_leaves_no_word_was_ended_from_outside(words: str) -> None:
+    for number in (3, 4, 5):
+        report = nodes.report(killed(words)[:number], RULES)
+        finding = first_of(report)
+        assert [root.finding.failure_mode for root in report.roots] == ["worker-killed"]
+        assert f"The engine core (pid {CORE}) was ended from outside" in finding.summary
+        assert "the kernel log tells of no out-of-memory kill" in finding.summary
+        assert finding.confidence is Confidence.MEDIUM
+        assert finding.subject.pids == (CORE,)
+        assert "engine-crashed" not in [f.finding.failure_mode for f in report.findings]
+
+
+def test_without_the_kernel_log_the_killer_may_be_the_kernel() -> None:
+    blind = nodes.each(killed(), lambda s: nodes.unseen(s, Source.KERNEL_LOG))
+    finding = first_of(nodes.report(blind[:3], RULES))
+    assert finding.failure_mode == "worker-killed"
+    assert "by the out-of-memory killer, or by hand" in finding.summary
+    assert finding.confidence is Confidence.LOW
+
+
+def test_an_engine_core_that_faulted_crashed() -> None:
+    fault = HostMessage(
+        text="python3[2100]: segfault at 8", where="/dev/kmsg:1", at=nodes.START, kind="segfault", pid=CORE
+    )
+    visits = killed()
+    faulted = (*visits[:2], nodes.with_kernel(visits[2], fault))
+    assert "engine-crashed" in [f.finding.failure_mode for f in nodes.report(faulted, RULES).findings]
+    assert "worker-killed" not in [f.finding.failure_mode for f in nodes.report(faulted, RULES).findings]
+
+
+def test_an_engine_core_that_said_what_was_wrong_crashed() -> None:
+    visits = killed()
+    said = nodes.line(
+        "exception", "KeyError: 'block'", number=80, at=visits[2].at - 1, type="KeyError", message="'block'"
+    )
+    raised = (*visits[:2], nodes.put(visits[2], engine_events=(said, *visits[2].engine_events)))
+    assert first_of(nodes.report(raised, RULES)).failure_mode == "engine-crashed"
+
+
+def test_a_dead_engine_keeps_its_name_whatever_is_left_of_it() -> None:
+    visits = killed()
+    (engine,) = visits[0].engines
+    names = {first_of(nodes.report(visits[:number], RULES)).subject.engine for number in (3, 4, 5)}
+    assert names == {engine.id}
+    assert first_of(nodes.report(visits, RULES)).subject.gpus == tuple(rank.gpu for rank in engine.ranks)
+
+
+def restarted(*lines: EngineEvent) -> tuple[Snapshot, ...]:
+    """The same, and a new engine with the same log that loads, and says *lines*."""
+    visits = killed()
+    (engine,) = visits[0].engines
+    new = msgspec.structs.replace(engine, pid=3000, started_at=visits[-1].at + 3, ranks=(), cores=())
+    loads = nodes.put(visits[-1], at=visits[-1].at + 15, engines=(new,))
+    return (*visits, nodes.with_lines(loads, nodes.line("non-default-args", number=200, at=loads.at - 5), *lines))
+
+
+def test_what_the_old_engine_died_of_is_not_the_new_ones_while_it_loads() -> None:
+    visits = restarted()
+    assert first_of(nodes.report(visits, RULES)).subject.engine == visits[0].engines[0].id
+
+
+def test_a_new_engine_that_serves_ends_what_the_old_one_died_of() -> None:
+    visits = restarted(nodes.line("startup-complete", "Application startup complete.", number=250))
+    assert "worker-killed" not in [f.finding.failure_mode for f in nodes.report(visits, RULES).findings]
+    assert [log.engine for log in engine_logs(nodes.history(visits))] == [visits[-1].engines[0].id]
