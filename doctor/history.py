@@ -7,15 +7,23 @@ from functools import wraps
 from inspect import unwrap
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
 from doctor.snapshot import EngineEvent, Gpu, KernelEvent, Snapshot
 from doctor.snapshot.clock import in_new_time
+from doctor.snapshot.sharing import shared
 
 T = TypeVar("T")
+
+SAMPLES_SECONDS = 900.0
+"""How long fast samples are remembered: an hour of them would take half of the daemon's memory. The symptom that reads
+them looks back over 600 s."""
 
 
 class History:
     """The snapshots of the last `keep` seconds, oldest first; never empty, never changed.
 
+    Fast samples are remembered for `SAMPLES_SECONDS`. What did not change from one visit to the next is held once.
     Raises ValueError when made of nothing.
     """
 
@@ -40,7 +48,9 @@ class History:
         oldest, stepped = snapshot.at - self.keep, snapshot.clock_stepped_seconds
         past = tuple(in_new_time(before, stepped) for before in self.snapshots) if stepped else self.snapshots
         kept = tuple(before for before in past if oldest <= before.at <= snapshot.at)
-        following = History((*kept, snapshot), self.keep)
+        sampled_since = snapshot.at - SAMPLES_SECONDS
+        kept = tuple(_without_samples(before) if before.at < sampled_since else before for before in kept)
+        following = History((*kept, shared(snapshot, self.latest)), self.keep)
         following._measured_before = {} if stepped else self._measured
         return following
 
@@ -96,6 +106,13 @@ class History:
         None: nothing. It may only save work: a history alone, without the one before, must give the same.
         """
         return self._measured_before.get(unwrap(symptom))
+
+
+def _without_samples(snapshot: Snapshot) -> Snapshot:
+    if not any(gpu.power.samples for gpu in snapshot.gpus):
+        return snapshot
+    bare = tuple(replace(gpu, power=replace(gpu.power, samples=())) for gpu in snapshot.gpus)
+    return replace(snapshot, gpus=bare)
 
 
 def measured_once(symptom: Callable[[History], T]) -> Callable[[History], T]:

@@ -10,7 +10,7 @@ import msgspec
 from doctor.snapshot.absence import NOT_ASKED, Maybe
 
 
-class Sample(msgspec.Struct, frozen=True, array_like=True):
+class Sample(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One fast reading between two visits."""
 
     at: float
