@@ -8,6 +8,7 @@ from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import Engine, EngineEvent, Source, known
 from doctor.symptoms.engine_log import EngineLog, engine_logs
+from doctor.symptoms.refusals import Reason, Refusal, refused_for, weight_only
 
 FP8_CAPABILITY = (8, 9)
 """Ada and Hopper: the first GPUs whose tensor cores multiply FP8 (NVIDIA, CUDA C++ programming guide)."""
@@ -25,26 +26,34 @@ BLOCK_FP8_CAPABILITY = (9, 0)
 )
 def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
     """Read what the engine selected: the chosen kernel counts, not the list of those it could choose from."""
+    stand_ins = {refusal.log.log: refusal for refusal in refused_for(history, Reason.STAND_IN)}
     for log in engine_logs(history):
+        if log.log in stand_ins:
+            yield _refused(stand_ins[log.log])
+            continue
         engine = next((e for e in history.latest.engines if e.id == log.engine), None)
         missing = log.having("fp8-kernel-missing")
         if missing and log.incident is not None and log.incident.cause in missing:
             yield _kernel_missing(log, missing[0])
             continue
-        weight_only = _weight_only(log)
-        if weight_only:
-            yield _not_native(history, log, engine, weight_only)
+        lines = weight_only(log)
+        if lines:
+            yield _not_native(history, log, engine, lines)
         elif not _engaged(log) and (asked := _asked_in_vain(log, engine)):
             yield asked
 
 
-def _weight_only(log: EngineLog) -> tuple[EngineEvent, ...]:
-    chosen = (
-        event
-        for event in log.having("fp8-linear-kernel", "fp8-moe-backend")
-        if "marlin" in str(event.facts.get("kernel", event.facts.get("backend", ""))).lower()
+def _refused(refusal: Refusal) -> Finding:
+    cause, log = refusal.cause, refusal.log
+    return Finding(
+        summary="The GPU has no FP8 units, and Marlin, the weight-only kernel that stands in, can't take the width of a rank's share: "
+        f'the model was not loaded ("{cause.text[:160]}")',
+        evidence=_quotes((cause, *weight_only(log)[:1])),
+        severity=Severity.CRITICAL,
+        subject=Subject(engine=log.engine),
+        since=refusal.incident.at,
+        facts={"log": log.log},
     )
-    return (*log.having("fp8-weight-only"), *chosen)
 
 
 def _engaged(log: EngineLog) -> bool:

@@ -70,6 +70,7 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     if gone:
         return
     yield from _not_probed(history)
+    yield from _none_found(history)
     yield from _too_few(history, limits.expected_gpus)
     yield from _engine_says_so(history)
 
@@ -195,6 +196,17 @@ def _not_probed(history: History) -> Iterator[Finding]:
             confidence=Confidence.MEDIUM,
             severity=Severity.WARNING,  # a host that gives its GPUs to virtual machines does so on purpose
             since=said[-1].at,
+        )
+
+
+def _none_found(history: History) -> Iterator[Finding]:
+    """Take nvidia-smi's word that the driver answers and has no GPU at all."""
+    why = history.latest.why_unseen(Source.NVML)
+    if why is not None and "No devices were found" in why.detail and not history.latest.gpus:
+        yield Finding(
+            summary="nvidia-smi finds no GPU although the driver answers: it could not start any, or none is left on the bus",
+            evidence=(Evidence(Source.NVML.value, "nvidia-smi", why.detail),),
+            confidence=Confidence.MEDIUM,
         )
 
 

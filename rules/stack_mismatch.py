@@ -63,6 +63,7 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
     yield from told
     if not told:
         yield from _module_mismatch(history)
+        yield from _not_reached(history)
         yield from _by_table(history)
 
 
@@ -137,6 +138,22 @@ def _module_mismatch(history: History) -> Iterator[Finding]:
         evidence=tuple(proof),
         confidence=Confidence.HIGH,
     )
+
+
+def _not_reached(history: History) -> Iterator[Finding]:
+    """Take nvidia-smi's word that it finds no driver to talk to; where a GPU was seen, that was at another time."""
+    why = history.latest.why_unseen(Source.NVML)
+    if why is None or history.latest.gpus or _UNREACHED not in why.detail:
+        return
+    yield Finding(
+        summary="nvidia-smi can't reach NVIDIA's driver: its kernel module is not loaded, most often because it was not built for the "
+        "running kernel, or another driver (nouveau) holds the GPUs",
+        evidence=(Evidence(Source.NVML.value, "nvidia-smi", why.detail),),
+        confidence=Confidence.MEDIUM,
+    )
+
+
+_UNREACHED = "couldn't communicate with the NVIDIA driver"
 
 
 def _by_table(history: History) -> Iterator[Finding]:

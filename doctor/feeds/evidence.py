@@ -43,7 +43,7 @@ from doctor.readers import (
     vllm_metrics,
 )
 from doctor.readers.patterns import LogPattern
-from doctor.readers.vllm_log import LogReader
+from doctor.readers.vllm_log import LogReader, is_record, spelled_out
 from doctor.readers.wrapping import unwrapped
 from doctor.snapshot import (
     OF_A_NODE,
@@ -290,6 +290,7 @@ _CSV_ANCHORS = tuple(
 )
 
 _KINDS = (
+    _Kind("model-config", (b'"model_type"', b'"architectures"'), model_config.find),
     _Kind("collect-env", (b"PyTorch version", b"System Info"), collect_env.find),
     _Kind(
         "smi-q",
@@ -373,7 +374,7 @@ _LONG_LINE = re.compile(rb"^[^\n]{16384}", re.MULTILINE)
 """No document has lines this long; text that does is left to the readers of logs, which are bounded."""
 
 _ENGINE_RECORD = re.compile(
-    rb"(?:INFO|WARNING|ERROR|DEBUG|CRITICAL) \d\d-\d\d[ T]\d\d:\d\d:\d\d|^(?:INFO|WARNING|ERROR): {2,}"
+    rb"(?:INFO|WARNING|ERROR|DEBUG|CRITICAL) \d\d-\d\d[ T]\d\d:\d\d:\d\d|(?:INFO: {5}|WARNING: {2}|ERROR: {4})\S"
     rb"|Traceback \(most recent call last\)|\"levelname\": ?\"",
     re.MULTILINE,
 )
@@ -385,6 +386,15 @@ _ENGINE_TRACE = re.compile(
     re.MULTILINE,
 )
 """What an excerpt shows of an engine that has none of its records."""
+
+_SAMPLE_LINES = 256
+
+_ALARMING = re.compile(
+    rb"^[^\n]*(?:\b(?:ERROR|FATAL|CRITICAL|FAILED)\b|\b[Ee]rror: (?!0\b|[Nn]one)|\b[Ff]ailed (?:to|with|because|due)\b|\b[Ff]ailure: "
+    rb"|[Ee]xception: |\b[Tt]imed out\b|\bXid\b|\b[Uu]nhealthy\b|\bpanic\b|\bcore dumped\b|\bnot responding\b|\b[Uu]nable to )[^\n]*",
+    re.MULTILINE,
+)
+"""What programs say of a fault. guess: whatever else a text holds, with one of these it is no proof of health."""
 
 _DRIVER_LINE = re.compile(rb"^[^\n]*(?:NVRM: |SXid \()[^\n]*$", re.MULTILINE)
 """Where a file holds both logs, the engine's reader is spared what the driver says of lost GPUs and exceptions."""
@@ -462,11 +472,10 @@ class _Gathered:
             data = self._without_documents(
                 bare, name
             )  # a part of `nvidia-smi -q` is indented by nature, others are not
-        data = unwrapped(data)
+        data = unwrapped(_untagged(data) if len(first) < FIRST_BYTES else data)
         is_kernel = kernel_log.recognises(data)
-        is_engine = _ENGINE_RECORD.search(data) is not None or (
-            not is_kernel and _ENGINE_TRACE.search(data) is not None
-        )
+        is_engine = _is_engine_log(data, is_kernel=is_kernel)
+        rest = data
         only_engine = is_engine and not is_kernel
         kernel = kernel_log.KernelLogReader(name, now=self.now, patterns=() if only_engine else self.patterns)
         engine = LogReader(name, patterns=self.patterns)
@@ -490,6 +499,16 @@ class _Gathered:
             data = following if only_engine else self._without_documents(following, name)
         self._kernel(_bounded([*events, *kernel.finish()]), kernel, is_kernel=is_kernel)
         self._engine(engine, is_engine=is_engine)
+        if not self.kinds & {"kernel-log", "engine-log", "fabricmanager"}:
+            self._leftover(rest, name)
+
+    def _leftover(self, rest: bytes, name: str) -> None:
+        """Note a line that speaks of a fault and that no reader took: beside it, silence is no health."""
+        found = _ALARMING.search(rest)
+        if found is not None:
+            line = rest.count(b"\n", 0, found.start()) + 1
+            words = found[0].decode("utf-8", "replace").strip()[:160]
+            self.complaints.append(f"{name}:{line}: nothing here understands what it says: {words}")
 
     def _kernel(self, events: list[KernelEvent], reader: kernel_log.KernelLogReader, *, is_kernel: bool) -> None:
         if is_kernel or events:
@@ -539,6 +558,8 @@ class _Gathered:
             self.unread.append(f"{name}:{line}: what {_UNREAD[kind]} prints is not used")
         elif kind == "smi-refusal":
             self.refusals.append(f"{name}:{line}: {text.strip()}")
+        elif kind == "model-config":
+            self._model(text.encode())
         elif kind == "collect-env":
             environment = collect_env.read(text)
             self.environments.append(environment)
@@ -731,7 +752,8 @@ class _Gathered:
         """
         installed = next((e for e in reversed(self.environments) if known(e.engine_stack.engine)), None)
         by_port = {(command.kind, or_none(command.flags.port)): command for command in self.commands}
-        commands: list[command_line.CommandLine | None] = [*by_port.values()] or ([None] if installed else [])
+        spoken_of = installed is not None or (bool(self.models) and len(self.logs) == 1)
+        commands: list[command_line.CommandLine | None] = [*by_port.values()] or ([None] if spoken_of else [])
         only = len(commands) == 1
         engines: list[Engine] = []
         for pid, command in enumerate(commands):
@@ -746,7 +768,7 @@ class _Gathered:
                     kind=kind,
                     command_line=command_line_without_secrets(command.arguments) if command else (),
                     environment=environment,
-                    flags=command.flags if command else EngineFlags(),
+                    flags=command.flags if command else self._flags_by_log(),
                     visible_gpus=_visible(environment, gpus),
                     stack=stack,
                     model=self.models[-1] if self.models else ModelConfig(),
@@ -754,6 +776,25 @@ class _Gathered:
                 )
             )
         return tuple(engines)
+
+    def _flags_by_log(self) -> EngineFlags:
+        """Return what the only log says that its engine was asked for; where nothing tells, nothing."""
+        if len(self.logs) != 1:
+            return EngineFlags()
+        asked: dict[str, object] = {}
+        for signal in (
+            "engine-config",
+            "non-default-args",
+        ):  # the last one counts: what was asked for, in its own words
+            for event in self.events:
+                if event.signal == signal:
+                    asked |= {_FIELDS_OF_LOG.get(name, name): value for name, value in event.facts.items()}
+        taken = {
+            field: value
+            for field, kind in _FLAGS_OF_LOG.items()
+            if (value := asked.get(field)) not in (None, "None") and isinstance(value, kind)
+        }
+        return msgspec.convert(taken, EngineFlags)
 
     def _metrics(self, at: float, engines: tuple[Engine, ...]) -> tuple[EngineMetrics, ...]:
         """Return the last page of each model: nothing tells when the earlier ones were fetched, so they give no rates."""
@@ -836,6 +877,22 @@ _REMEDIES = {
     Source.HOST: "add the output of lspci -nn",
 }
 
+_FLAGS_OF_LOG = {
+    "model": str,
+    "tensor_parallel_size": int,
+    "pipeline_parallel_size": int,
+    "data_parallel_size": int,
+    "quantization": str,
+    "dtype": str,
+    "kv_cache_dtype": str,
+    "max_model_len": int,
+    "max_num_seqs": int,
+    "gpu_memory_utilization": float,
+}
+"""What an engine's log tells of its flags → the type of the fact."""
+
+_FIELDS_OF_LOG = {"max_seq_len": "max_model_len"}
+
 _MODULE_VERSION = re.compile(r"Kernel Module(?: for \S+)? +(\d+(?:\.\d+)+)")
 
 
@@ -859,6 +916,33 @@ def _line_ends(file: BinaryIO, begin: int, end: int) -> int:
         count += data.count(b"\n")
         begin += len(data)
     return count
+
+
+def _is_engine_log(data: bytes, *, is_kernel: bool) -> bool:
+    """Whether the text is an engine's log: it holds lines that look so, and the log's reader can take one of them apart."""
+    data = spelled_out(data)
+    looks = itertools.islice(_ENGINE_RECORD.finditer(data), _SAMPLE_LINES)
+    if any(is_record(_line_around(data, match.start())) for match in looks):
+        return True
+    return not is_kernel and _ENGINE_TRACE.search(data) is not None
+
+
+def _line_around(data: bytes, position: int) -> bytes:
+    start = data.rfind(b"\n", 0, position) + 1
+    end = data.find(b"\n", position)
+    return data[start : end if end >= 0 else len(data)]
+
+
+_TAG = re.compile(rb"(?:[a-z][\w.]*-[\w.-]{1,60} )(?:[a-z][\w.-]{1,60} )?")
+"""Pod and container, as some tools put them before each line of a log."""
+
+
+def _untagged(data: bytes) -> bytes:
+    """Return the text without the names that all its lines begin with."""
+    tag = _TAG.match(data)
+    if tag is None or data.count(b"\n" + tag[0]) + 1 < sum(1 for line in data.splitlines() if line.strip()):
+        return data
+    return re.sub(rb"^" + re.escape(tag[0]), b"", data, flags=re.MULTILINE)
 
 
 def _blanked(match: re.Match[bytes]) -> bytes:

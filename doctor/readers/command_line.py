@@ -95,7 +95,7 @@ _REST = rb"(?:[^\n\\]+|\\\r?\n|\\.)*"
 _SHELL = re.compile(
     rb"^[ \t]*(?:[$#>] |\+ )?(?:[A-Za-z_]\w*=\S* |(?:sudo|env|exec|nohup|time|CMD|ENTRYPOINT) )*"
     rb"(?:(?:\S*/)?(?:vllm serve|python[\d.]* (?:-\w+ )*-m (?:vllm\.entrypoints|sglang\.launch_server)|sglang serve"
-    rb"|trtllm-serve|text-generation-launcher|llama-server)\b" + _REST + rb"|docker run " + _REST + rb")",
+    rb"|trtllm-serve|text-generation-launcher|llama-server)(?![^\s\\])" + _REST + rb"|docker run " + _REST + rb")",
     re.MULTILINE,
 )
 

@@ -24,7 +24,7 @@ REPEATS = 32
 """Events of one kind about one device that a `feed` returns in full; of further ones only every 2^n-th."""
 
 EVENTS_MAX = 2000
-"""Events that a `feed` returns at most; further ones are counted in `dropped`."""
+"""Events that a `feed` returns; of further ones only the first of each code on each device, and as many at most."""
 
 KEEP_SECONDS = 90.0
 """Later than this after the last one that was kept, an event is kept: half of the 3 minutes that part two bursts, so that
@@ -123,7 +123,8 @@ _SYSLOG = re.compile(r"^(\w{3}) +(\d+) (\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))? ")
 _SENDER = re.compile(r"^(?:\S+ )?kernel(?:\[\d+\])?: ?")
 
 _RECORD = re.compile(
-    rb"^(?:(?:<\d+>|[a-z]+ *:[a-z]+ *: ?)?\[ *\d+\.\d{3,6}\](?:\[ *[TC]\d+\])? \S"
+    rb"^(?:(?:<\d+>|[a-z]+ *:[a-z]+ *: ?)?\[ *\d+\.\d{3,6}\](?:\[ *[TC]\d+\])? "
+    rb"(?!\S{1,64} (?!kernel)[\w.@-]{1,64}\[\d{1,9}\]: )\S"  # a service in journalctl -o short-monotonic
     rb"|\d+,\d+,\d+,[-cf+][^;\n]{0,64};"
     rb"|(?:[a-z]+ *:[a-z]+ *: ?)?\[\w{3} \w{3} +\d+ \d\d:\d\d:\d\d \d{4}\] "
     rb"|(?:\w{3} +\d+ [\d:.]{8,15}|(?:\w{3} )?\d{4}-\d\d-\d\d[T ]\d\d:[^\s]{2,20}(?: \w{3,5})?) (?:\S+ )?kernel: "
@@ -174,8 +175,18 @@ class _JournalRecord(msgspec.Struct):
 _journal_record = msgspec.json.Decoder(_JournalRecord).decode
 
 
+class _Kept(msgspec.Struct):
+    """What is kept of the events that are alike."""
+
+    seen: int = 0
+    last_at: float | None = None
+    """Of the last one that was kept."""
+    place: int | None = None
+    """Which of the events that wait that is."""
+
+
 class KernelLogReader:
-    """Reads a kernel log as it grows, in pieces of any size; holds nothing but the unfinished last line.
+    """Reads a kernel log as it grows, in pieces of any size; holds the unfinished last line, and events until `take`.
 
     *name* is how events refer to the log. *booted_at*: what uptime stamps count from, where it is known.
     *now*: Unix time at which the log was read, which gives syslog stamps their year; their zone is taken for UTC.
@@ -211,38 +222,54 @@ class KernelLogReader:
         self._oom: dict[int, OomKill] = {}
         self._sxid: int | None = None
         self._sentence: _Sentence | None = None
-        self._kept: dict[object, tuple[int, float | None]] = {}
+        self._kept: dict[object, _Kept] = {}
+        self._waiting: list[KernelEvent] = []
+        self._left_out: dict[int, int] = {}
+        """By place of the event that waits: how many that are like it were left out after it."""
 
     def feed(self, data: bytes) -> list[KernelEvent]:
         """Return the events of the lines that *data* completes."""
+        self.follow(data)
+        return self.take()
+
+    def follow(self, data: bytes) -> None:
+        """Read on. What repeats itself is thinned out from one `take` to the next."""
         if self._skipping:
             end = data.find(b"\n")
             if end < 0:
-                return []
+                return
             data = data[end:]
             self._skipping = False
         data = self._rest + data
         end = data.rfind(b"\n") + 1
         self._rest = data[end : end + LINE_MAX_BYTES]
         self._skipping = len(data) - end > LINE_MAX_BYTES
-        events = self._events(data[:end])
+        self._read_lines(data[:end])
         if self._sentence is not None and _is_whole(self._sentence.text):
-            events += self._ended()  # of a log that is followed, nothing may come behind it for hours
+            self._waiting += self._ended()  # of a log that is followed, nothing may come behind it for hours
+
+    def take(self) -> list[KernelEvent]:
+        """Return the events since the last call; an Xid or SXid counts those like it that were left out after it."""
+        events, left_out = self._waiting, self._left_out
+        self._waiting, self._left_out, self._kept = [], {}, {}
+        for place, number in left_out.items():
+            event = events[place]
+            if isinstance(event, Xid | Sxid):
+                events[place] = msgspec.structs.replace(event, count=event.count + number)
         return events
 
     def finish(self) -> list[KernelEvent]:
         """Return what the unfinished last line and an OOM kill without its second line hold."""
         self._skipping = False
         data, self._rest = self._rest, b""
-        events = self._events(data + b"\n") if data else []
-        events += self._ended()
-        events += self._oom.values()
+        if data:
+            self._read_lines(data + b"\n")
+        self._waiting += self._ended()
+        self._waiting += self._oom.values()
         self._oom = {}
-        return events
+        return self.take()
 
-    def _events(self, data: bytes) -> list[KernelEvent]:
-        self._kept = {}
-        events: list[KernelEvent] = []
+    def _read_lines(self, data: bytes) -> None:
         number = self.lines + 1
         counted = 0
         for start, end in _candidates(data, self._needles):
@@ -250,24 +277,30 @@ class KernelLogReader:
             counted = start
             line = data[start : min(end, start + LINE_MAX_BYTES)].decode("utf-8", "replace")
             for event in self._of_line(line.rstrip("\r"), number):
-                if self._keeps(event, events):
-                    events.append(event)
+                if self._keeps(event):
+                    self._waiting.append(event)
                 else:
                     self.dropped += 1
         self.lines += data.count(b"\n")
-        return events
 
-    def _keeps(self, event: KernelEvent, events: list[KernelEvent]) -> bool:
+    def _keeps(self, event: KernelEvent) -> bool:
         if _is_boot(event):
             self._kept = {}
-            return not events or not _is_boot(events[-1])
-        key = _likeness(event)
-        count, last = self._kept.get(key, (0, None))
-        count += 1
-        later = event.at is not None and last is not None and event.at - last > KEEP_SECONDS
-        keeps = len(events) < EVENTS_MAX and (count <= REPEATS or count & (count - 1) == 0 or later)
-        self._kept[key] = (count, event.at if keeps else last)
-        return keeps
+            return not self._waiting or not _is_boot(self._waiting[-1])
+        key, most = _likeness(event), EVENTS_MAX
+        if key not in self._kept and len(self._waiting) >= EVENTS_MAX:
+            key = _kind(event)
+            most = 2 * EVENTS_MAX if key not in self._kept else 0
+        kept = self._kept.setdefault(key, _Kept())
+        kept.seen += 1
+        later = event.at is not None and kept.last_at is not None and event.at - kept.last_at > KEEP_SECONDS
+        keeps = kept.seen <= REPEATS or kept.seen & (kept.seen - 1) == 0 or later
+        if keeps and len(self._waiting) < most:
+            kept.last_at, kept.place = event.at, len(self._waiting)
+            return True
+        if kept.place is not None:
+            self._left_out[kept.place] = self._left_out.get(kept.place, 0) + 1
+        return False
 
     def _of_line(self, text: str, number: int) -> Iterator[KernelEvent]:
         if text.startswith("__REALTIME_TIMESTAMP="):
@@ -451,6 +484,15 @@ def _likeness(event: KernelEvent) -> object:
     if isinstance(event, OomKill):
         return "oom-kill"
     return event.kind, event.pci_address
+
+
+def _kind(event: KernelEvent) -> object:
+    """Return what an event is like, whichever process it happened to: devices and their codes are few."""
+    if isinstance(event, Xid):
+        return event.code, event.pci_address
+    if isinstance(event, Sxid):
+        return event.code, event.switch
+    return _likeness(event)
 
 
 def _seconds(microseconds: str) -> float | None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
+from collections.abc import Iterator
 from typing import Any, cast
 
 import msgspec
@@ -50,6 +54,26 @@ def recognises(text: bytes) -> bool:
     """Whether *text* is a model's config.json."""
     config = _mapping(text)
     return config is not None and ("model_type" in config or "architectures" in config)
+
+
+def find(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each config.json within a longer text, as after `cat config.json`."""
+    position = 0
+    for begin in itertools.islice(_OBJECT.finditer(text), _OBJECTS_MAX):
+        if begin.start() < position:
+            continue
+        try:
+            _, end = _DECODER.raw_decode(text, begin.start())
+        except (ValueError, RecursionError):
+            continue
+        position = end
+        if recognises(text[begin.start() : end].encode("utf-8", "replace")):
+            yield begin.start(), end
+
+
+_OBJECT = re.compile(r"^\{(?=\s)", re.MULTILINE)
+_OBJECTS_MAX = 64
+_DECODER = json.JSONDecoder()
 
 
 def read(text: bytes | str, quantization: bytes | str | None = None) -> ModelConfig | None:

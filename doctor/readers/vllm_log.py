@@ -12,6 +12,7 @@ import re
 from calendar import timegm
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import msgspec
 
@@ -184,6 +185,8 @@ class LogReader:
             self._note_site_lines(pattern, block, before)
         for found in _NOT_PASSED_OVER.finditer(block):
             line = found[1]
+            if line.startswith(b"{") and b'"MESSAGE"' in line:
+                line = spelled_out(line)
             if line.endswith(_ANSWERED):
                 continue
             head = line.find(b"] ", 0, 200)
@@ -585,19 +588,26 @@ _ANSI_BARE = re.compile(r"\[[0-9]{1,2}(?:;[0-9]{1,3})*m")
 """The last of these: where the text holds none of what the others begin with, it is found ten times as fast alone."""
 _ZONED = re.compile(
     r"\s*[\[(]?(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d+))?(?: (DP\d+ TP\d+|TP\d+|DP\d+))?"
-    r"(Z| ?[+-]\d\d:?\d\d)?[\])]?(?: std(?:out|err) [FP])?[ \t]?"
+    r"(Z| ?[+-]\d\d:?\d\d| [A-Z]{3,4}(?= ))?[\])]?(?: std(?:out|err) [FP])?"
+    r"(?: [\w.-]{1,64} [\w.@/\\-]{1,64}(?:\[\d{1,9}\])?: ?"  # the journal and syslog: host, service
+    r"| [\w.-]{1,64} [\w.@/\\-]{1,64} (?:\d{1,9}|-) \S{1,32} (?:-|\[[^\]]{0,200}\]) |[ \t]?)"  # RFC 5424
 )
-_JOURNAL = re.compile(r"([A-Z][a-z]{2}) ([ \d]\d) (\d\d):(\d\d):(\d\d) \S+ [\w.@/\\-]+(?:\[\d+\])?: ?")
+_JOURNAL = re.compile(r"([A-Z][a-z]{2}) ([ \d]\d) (\d\d):(\d\d):(\d\d)(?:\.\d{1,9})? \S+ [\w.@/\\:-]+(?:\[\d+\])?: ?")
 _WRAPPING = re.compile(
-    r"[\w.-]{2,60}\s{1,12}\| ?"  # docker compose
+    r"[\w.@-]{2,80}\s{1,12}\| ?"  # docker compose, docker service logs
+    r"|[\w.@-]{1,64}\[\d{1,9}\]: |<\d{1,3}>1 (?=\d{4}-)"  # a service's tag, RFC 5424
+    r"|\[[a-z][\w.]{0,60}-[\w.-]{1,60}\] "  # a pod's
     r"|\[rank(?P<rank>\d+)\]: ?"  # torch.distributed's excepthook
     r"|(?:> ?)+|E {3,}|#+ |[-*] (?=[A-Z(\[])"  # a quotation, pytest, Markdown
     r"|\s{0,8}\|(?:\s{0,4}\|){0,8}(?: |$)"  # a column of a build system
     r"|\d{1,4}: (?=[A-Z(\[])"  # srun --label
+    r"|(?:\[ {0,8}\d{1,9}\.\d{6}\]|\d{10}\.\d{6}) [\w.-]{1,64} [\w.@/\\:-]{1,64}\[\d{1,9}\]: ?"  # journalctl -o short-monotonic, -unix
+    r"|[A-Z][a-z]{2} (?=\d{4}-\d\d-\d\d \d\d:)"  # and -o short-full, with-unit: the day of the week
+    r"|\s{0,8}MESSAGE="  # and -o export, verbose
     r"|\[\d+,\d+\]<std(?:out|err)>:"  # mpirun --tag-output
     r"|\[(?:pod/[\w./-]{1,200}\]|[a-z][\w.-]{0,60}\]:) "  # kubectl logs --prefix, an init system's tag
     r"|\d{1,7}\.\ds \d{1,7} "  # a notebook service's seconds and line number
-    r"|\[\d{1,7}\] (?=\S)|\s{0,7}\d{1,7}\t|[\w./-]{1,120}\.(?:log|txt|out|err):\d{1,9}:"  # line numbers: of a paste, cat -n, grep -n
+    r"|\[\d{1,7}\] (?=\S)|\s{0,7}\d{1,7}(?:\t| {2}(?=\S))|[\w./-]{1,120}\.(?:log|txt|out|err):\d{1,9}:"  # line numbers: of a paste, cat -n, grep -n
     r"|\s+(?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: \d\d-\d\d |: )|\((?:APIServer|EngineCore|V?llm|Worker|Ray)\w*[^()]{0,40} pid=|\[rank\d+\]: )"
 )
 _PROCESS = re.compile(
@@ -626,8 +636,13 @@ _MONTHS = {
 }  # fmt: skip
 
 
+_PRETTY = ('\t"MESSAGE" : ', '        "MESSAGE" : ')
+
+
 def _records_of(text: str, reference: float | None, utc_offset_seconds: float) -> Iterator[Record]:
     """Take one line apart; a wrapped one (docker's JSON) may hold several. *reference* None: stamps are left out."""
+    if text.startswith(_PRETTY):  # journalctl -o json-pretty
+        text = "{" + text.strip().rstrip(",") + "}"
     if text.startswith("{"):
         wrapped = _wrapped(text)
         if wrapped is not None:
@@ -747,56 +762,107 @@ def _unix(parts: list[int], utc_offset_seconds: float) -> float | None:
 
 def _zone_seconds(zone: str) -> float:
     zone = zone.strip().replace(":", "")
-    if zone == "Z":
+    if zone[0] not in "+-":  # Z, or an abbreviation, which only its country can tell from others
         return 0.0
     return (1 if zone[0] == "+" else -1) * (int(zone[1:3]) * 3600 + int(zone[3:5]) * 60)
 
 
 class _Wrapped(msgspec.Struct):
-    """A line of docker's json-file driver, or a JSON record of Python's logging."""
+    """A line of docker's json-file driver, of `journalctl -o json` or of a log store, or a JSON record of Python's logging."""
 
-    log: str | None = None
-    time: str | float | None = None
-    asctime: str | None = None
-    timestamp: str | float | None = None
-    levelname: str | None = None
-    level: str | int | None = None
-    processName: str | None = None  # noqa: N815 - the key of Python's logging
-    process: str | int | None = None
-    message: str | None = None
-    msg: str | None = None
-    exc_info: str | None = None
+    log: object = None
+    journal: object = msgspec.field(name="MESSAGE", default=None)
+    """Text, or its bytes where it holds colours."""
+    line: object = None
+    text_payload: object = msgspec.field(name="textPayload", default=None)
+    body: object = None
+    message: object = None
+    msg: object = None
+    exc_info: object = None
+    time: object = None
+    asctime: object = None
+    timestamp: object = None
+    at_timestamp: object = msgspec.field(name="@timestamp", default=None)
+    realtime: object = msgspec.field(name="__REALTIME_TIMESTAMP", default=None)
+    """Microseconds."""
+    levelname: object = None
+    process_name: object = msgspec.field(name="processName", default=None)
+    process: object = None
+
+    def texts(self) -> Iterator[str]:
+        """Yield what is wrapped, the one that other programs wrap first."""
+        for value in (self.log, self.journal, self.message, self.msg, self.line, self.text_payload, self.body):
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, list):
+                numbers = cast("list[object]", value)
+                yield bytes(n for n in numbers if isinstance(n, int) and 0 <= n < 256).decode("utf-8", "replace")
+
+
+_decoded = msgspec.json.Decoder(_Wrapped).decode
 
 
 def _wrapped(text: str) -> _Wrapped | None:
     try:
-        return msgspec.json.decode(text.encode(), type=_Wrapped)
-    except (msgspec.DecodeError, UnicodeError):
+        return _decoded(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
 
 
 def _of_json(wrapped: _Wrapped, reference: float | None, utc_offset_seconds: float) -> Iterator[Record]:
-    message = wrapped.message if wrapped.message is not None else wrapped.msg
-    stamp = _ZONED.match(str(wrapped.time or wrapped.asctime or wrapped.timestamp or ""))
-    at = None
-    if stamp is not None and reference is not None:
-        at = _unix(
-            [int(part) for part in stamp.groups()[:6]], _zone_seconds(stamp[9]) if stamp[9] else utc_offset_seconds
-        )
-    if wrapped.log is not None and message is None:
-        for line in wrapped.log.splitlines():
-            for record in _records_of(line, reference, utc_offset_seconds) if not line.startswith("{") else ():
-                record.at = at or record.at
-                yield record
-        return
-    level = wrapped.levelname or (wrapped.level if isinstance(wrapped.level, str) else "")
-    process, pid = wrapped.processName or "", wrapped.process
-    lines = [*(message or "").splitlines(), *(wrapped.exc_info or "").splitlines()]
+    at = _stamp_of_json(wrapped, utc_offset_seconds) if reference is not None else None
+    process = wrapped.process_name if isinstance(wrapped.process_name, str) else ""
+    pid = wrapped.process if isinstance(wrapped.process, int) else None
+    lines = next(wrapped.texts(), "").splitlines()
+    if isinstance(wrapped.exc_info, str):
+        lines += wrapped.exc_info.splitlines()
     for line in lines:
-        record = Record(line[:RECORD_MAX], level.upper(), process, pid if isinstance(pid, int) else None, None, at)
-        if (of_name := re.search(r"VllmWorker-(\d+)$", process)) is not None:
-            record.rank = int(of_name[1])
-        yield record
+        if wrapped.levelname is not None:  # Python's own logging: the message as it is
+            record = Record(line[:RECORD_MAX], str(wrapped.levelname).upper(), process, pid, None, at)
+            if (of_name := re.search(r"VllmWorker-(\d+)$", process)) is not None:
+                record.rank = int(of_name[1])
+            yield record
+            continue
+        inner = () if line.startswith("{") else _records_of(line, reference, utc_offset_seconds)
+        for unwrapped in inner:
+            unwrapped.at = at or unwrapped.at
+            yield unwrapped
+
+
+def _stamp_of_json(wrapped: _Wrapped, utc_offset_seconds: float) -> float | None:
+    if isinstance(wrapped.realtime, str) and wrapped.realtime.isascii() and wrapped.realtime[:18].isdecimal():
+        return int(wrapped.realtime[:18]) / 1e6
+    words = wrapped.time or wrapped.asctime or wrapped.timestamp or wrapped.at_timestamp or ""
+    stamp = _ZONED.match(str(words))
+    if stamp is None:
+        return None
+    zone = _zone_seconds(stamp[9]) if stamp[9] else utc_offset_seconds
+    return _unix([int(part) for part in stamp.groups()[:6]], zone)
+
+
+_OF_BYTES = re.compile(rb'^\{[^\n]*"MESSAGE" ?: ?\[[^\n]*$', re.MULTILINE)
+
+
+def spelled_out(data: bytes) -> bytes:
+    """Return the text, with the records of `journalctl -o json` that hold bytes in place of words (for their colours) in words."""
+    return _OF_BYTES.sub(lambda match: _in_words(match[0]), data) if b'"MESSAGE"' in data else data
+
+
+def _in_words(line: bytes) -> bytes:
+    wrapped = _wrapped(line.decode("utf-8", "replace"))
+    text = next(wrapped.texts(), None) if wrapped is not None else None
+    if wrapped is None or text is None:
+        return line
+    return msgspec.json.encode({"MESSAGE": _uncoloured(text), "__REALTIME_TIMESTAMP": wrapped.realtime})
+
+
+def is_record(line: bytes) -> bool:
+    """Whether a line can be taken apart: it says a level, begins a traceback, or is an error in Python's words."""
+    text = line[:LINE_MAX_BYTES].decode("utf-8", "replace")
+    return any(
+        record.level or record.text.startswith("Traceback (most recent call last)") or _EXCEPTION.match(record.text)
+        for record in _records_of(text, None, 0.0)
+    )
 
 
 # What a message says.

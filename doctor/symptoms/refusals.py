@@ -21,6 +21,8 @@ class Reason(enum.Enum):
     """A share is no whole number of quantization blocks or groups."""
     FORMAT = "format"
     """The quantization: not what the flag says, or nothing that this GPU or engine can run."""
+    STAND_IN = "stand-in"
+    """The weight-only kernel (Marlin) that stands in for FP8 on a GPU without it can't take the width of a share."""
     TYPE = "type"
     """The data type."""
     SETTINGS = "settings"
@@ -54,6 +56,16 @@ def refusals(history: History) -> tuple[Refusal, ...]:
 def refused_for(history: History, reason: Reason) -> tuple[Refusal, ...]:
     """Return the refusals with this reason."""
     return tuple(refusal for refusal in refusals(history) if refusal.reason is reason)
+
+
+def weight_only(log: EngineLog) -> tuple[EngineEvent, ...]:
+    """Return the lines that say that FP8 weights are computed with in 16 bit, by Marlin."""
+    chosen = (
+        event
+        for event in log.having("fp8-linear-kernel", "fp8-moe-backend")
+        if "marlin" in str(event.facts.get("kernel", event.facts.get("backend", ""))).lower()
+    )
+    return (*log.having("fp8-weight-only"), *chosen)
 
 
 def is_tile(cause: EngineEvent) -> bool:
@@ -101,7 +113,9 @@ def _reason(cause: EngineEvent, log: EngineLog, engine: Engine | None) -> Reason
 
 
 def _reason_of_tile(cause: EngineEvent, log: EngineLog, engine: Engine | None) -> Reason:
-    """Return why a shard is too narrow for a kernel: its blocks, its split, or, unsplit, the format of the checkpoint."""
+    """Return why a shard is too narrow for a kernel: FP8 in software, its blocks, its split, or, unsplit, the format of the checkpoint."""
+    if weight_only(log):
+        return Reason.STAND_IN
     if engine is not None and known(engine.model.weight_block_size):
         return Reason.BLOCKS
     return Reason.SPLIT if _is_split(cause, log, engine) else Reason.FORMAT
