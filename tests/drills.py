@@ -21,7 +21,7 @@ import pynvml
 
 from doctor.collectors import nvml_child
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
-from doctor.collectors.nvml_frames import Ask
+from doctor.collectors.nvml_frames import Answer, Ask
 from doctor.feeds import live, simulated
 from doctor.simulation import nvml
 from doctor.simulation.physics import Drill
@@ -74,20 +74,33 @@ class Nvml:
 
     def sample(self) -> None:
         if self._opened is not None and self._drill.active("driver-hung", self._clock.now - BEGINS) is None:
-            self._opened.sample()
+            with contextlib.suppress(nvml_child.CannotStartError):
+                self._opened.sample()
 
     def collect(self, visit: Visit) -> Reading:
         if self._drill.active("driver-hung", visit.at - BEGINS):
             silence = Absent(Why.TIMED_OUT, f"NVML has not answered for {PATIENCE_SECONDS:.0f} s")
             raise CannotSeeError(silence, fields={"nvml_blocked_seconds": PATIENCE_SECONDS})
         try:
-            self._opened = self._opened or nvml_child.Nvml(None)
-            answer = self._opened.visit(Ask(1))
+            answer = self._answer()
         except nvml_child.CannotStartError as e:
-            self._opened = None
             raise CannotSeeError(e.why) from e
         fields = {"gpus": answer.gpus, "pairs": answer.pairs, "stack": answer.stack, "nvml_blocked_seconds": 0.0}
         return Reading(fields=fields, unseen=answer.unseen)
+
+    def _answer(self) -> Answer:
+        """Answer, anew where it was opened before and has outlived its driver: then the parent starts a fresh child."""
+        while True:
+            before, self._opened = self._opened, None
+            try:
+                opened = before or nvml_child.Nvml(None)
+                answer = opened.visit(Ask(1))
+            except nvml_child.CannotStartError:
+                if before is None:
+                    raise
+            else:
+                self._opened = opened
+                return answer
 
     def close(self) -> None:
         if self._opened is not None:

@@ -126,6 +126,24 @@ NVML_KINDS = (
         halts_engine=True,
         ends_engine_after_seconds=60.0,
     ),
+    Kind(
+        name="gpu-removed",
+        text="A GPU is not there any more, and nothing is logged: taken off the PCI bus; an engine that used it dies",
+        parameters=(GPU,),
+        activity="spinning",
+        spares_gpu=True,
+        halts_engine=True,
+        ends_engine_after_seconds=60.0,
+    ),
+    Kind(
+        name="driver-reloaded",
+        text="The engine is ended, the driver is unloaded, and another version is loaded",
+        parameters=(
+            Parameter("branch", "the new driver's, e.g. 595", 595, minimum=470, maximum=615),
+            Parameter("down", "seconds without a driver", 5.0, kind="float", minimum=0),
+        ),
+        ends_engine_after_seconds=0.0,
+    ),
     Kind(name="nvlink-down", text="One NVLink of a GPU is down", parameters=(GPU, LINK)),
     Kind(name="nvlinks-all-down", text="All NVLinks are down, of one GPU or of all", parameters=(SOME_GPU,)),
     Kind(
@@ -159,7 +177,11 @@ NVML_KINDS = (
         parameters=(GPU, Parameter("generation", "PCIe generation", 3, minimum=1, maximum=6)),
     ),
     Kind(name="p2p-blocked", text="GPUs can't reach each other's memory (ACS, IOMMU, a container)"),
-    Kind(name="mig-enabled", text="MIG is on, cut into 3g + 2g + 1g + 1g", parameters=(GPU,)),
+    Kind(
+        name="mig-enabled",
+        text="MIG is on, cut into 3g + 2g + 1g + 1g",
+        parameters=(GPU, Parameter("instances", "how many of these there are", 4, minimum=0, maximum=4)),
+    ),
     Kind(name="mig-pending", text="MIG mode was switched and waits for a reset", parameters=(GPU,)),
     Kind(
         name="overheating",
@@ -171,8 +193,9 @@ NVML_KINDS = (
     ),
     Kind(
         name="power-transient",
-        text="All GPUs step between low and above-limit power at the same moments",
+        text="GPUs step between low and above-limit power at the same moments, a fifth of the time high",
         parameters=(
+            SOME_GPU,
             Parameter("peak", "of the power limit", 1.4, kind="float", minimum=0.5, maximum=2),
             Parameter("period", "seconds from step to step", 2.0, kind="float", minimum=0.2, maximum=60),
         ),
@@ -305,6 +328,7 @@ HOST_KINDS = (
     Kind(name="no-engine", text="No serving engine runs", ends_engine_after_seconds=0.0),
     Kind(name="pcie-fallback", text="All NVLinks are down, and the engine falls back to PCIe at its start"),
     Kind(name="fabric-manager-dead", text="The fabric manager has died; the GPUs still say that all is well"),
+    Kind(name="fabric-manager-restarted", text="The fabric manager is restarted, and all is well"),
     Kind(
         name="fabric-manager-dead-at-start",
         text="The fabric manager had died before the engine started: CUDA refuses (802)",

@@ -28,6 +28,7 @@ NOT_SUPPORTED = 3
 NO_PERMISSION = 4
 NOT_FOUND = 6
 INSUFFICIENT_SIZE = 7
+DRIVER_NOT_LOADED = 9
 GPU_IS_LOST = 15
 LIB_RM_VERSION_MISMATCH = 18
 ARGUMENT_VERSION_MISMATCH = 25
@@ -40,6 +41,7 @@ ERROR_TEXTS = {
     NO_PERMISSION: b"Insufficient Permissions",
     NOT_FOUND: b"Not Found",
     INSUFFICIENT_SIZE: b"Insufficient Size",
+    DRIVER_NOT_LOADED: b"Driver Not Loaded",
     GPU_IS_LOST: b"GPU is lost",
     ARGUMENT_VERSION_MISMATCH: b"Argument version mismatch",
 }
@@ -131,7 +133,8 @@ class Library:
         self._engine = drill.engine
         self._engine_ends = drill.engine_ends_seconds
         self._physics = Physics(drill)
-        self._branch = int(drill.driver.partition(".")[0])
+        self._driver = drill.driver_at(self._now) or drill.driver
+        """That on which it was opened."""
         self._initialized = 0
         self._parent = os.getppid()
         self._kept: list[_Opaque] = []
@@ -139,7 +142,9 @@ class Library:
         self._handles: dict[tuple[int, int | None], _Opaque] = {}
         self._samples: dict[int, _GpmSample] = {}
         self._hangs = [fault for fault in drill.faults if fault.name == "driver-hung"]
-        self._losses = [fault for fault in drill.faults if fault.name == "gpu-lost"]
+        self._losses = [fault for fault in drill.faults if fault.name in {"gpu-lost", "gpu-removed"}]
+        self._removals = [fault for fault in drill.faults if fault.name == "gpu-removed"]
+        self._reloads = any(fault.name == "driver-reloaded" for fault in drill.faults)
         self._migs = [fault for fault in drill.faults if fault.name == "mig-enabled"]
         self._link_faults = [
             (fault, self._links_of(fault)) for fault in drill.faults if fault.name.startswith("nvlink")
@@ -154,7 +159,7 @@ class Library:
         def call(*arguments: Any) -> int:
             if self._hangs:
                 self._hang()
-            if not self._initialized and name not in {"nvmlInitWithFlags", "nvmlErrorString"}:
+            if name not in {"nvmlInitWithFlags", "nvmlErrorString"} and not self._is_open():
                 return UNINITIALIZED
             if self._denied(name):
                 return NO_PERMISSION
@@ -164,6 +169,14 @@ class Library:
                 return refusal.status
 
         return call
+
+    @property
+    def _branch(self) -> int:
+        return int(self._driver.partition(".")[0])
+
+    def _is_open(self) -> bool:
+        """Whether it was opened on the driver that is loaded now."""
+        return self._initialized > 0 and (not self._reloads or self._drill.driver_at(self._now) == self._driver)
 
     # Time, faults and handles.
 
@@ -210,6 +223,14 @@ class Library:
             self._devices[ctypes.addressof(opaque)] = _Device(gpu, mig)
         pointer = reference._obj
         ctypes.memmove(ctypes.byref(pointer), ctypes.byref(ctypes.c_void_p(ctypes.addressof(self._handles[key]))), 8)
+
+    def _present(self) -> list[int]:
+        """Return the GPUs that there are: those behind a removed one move up."""
+        return [
+            gpu
+            for gpu in self._node.gpus
+            if not any(fault.hits(gpu) and fault.active(self._now) for fault in self._removals)
+        ]
 
     def _mig(self, gpu: int) -> bool:
         return bool(self._migs) and any(fault.hits(gpu) and fault.active(self._now) for fault in self._migs)
@@ -304,6 +325,10 @@ class Library:
     def _init(self, _flags: int) -> int:
         if self._active("driver-library-mismatch"):
             return LIB_RM_VERSION_MISMATCH
+        driver = self._drill.driver_at(self._now)
+        if driver is None:
+            return DRIVER_NOT_LOADED
+        self._driver = driver
         self._initialized += 1
         return SUCCESS
 
@@ -318,15 +343,15 @@ class Library:
 
     @_since(450, "nvmlSystemGetDriverVersion")
     def _driver_version(self, buffer: Any, size: Any) -> int:
-        return _text(buffer, size, self._drill.driver.encode())
+        return _text(buffer, size, self._driver.encode())
 
     @_since(450, "nvmlSystemGetNVMLVersion")
     def _nvml_version(self, buffer: Any, size: Any) -> int:
-        return _text(buffer, size, f"{self._drill.cuda_driver.partition('.')[0]}.{self._drill.driver}".encode())
+        return _text(buffer, size, f"{self._drill.cuda_of(self._driver).partition('.')[0]}.{self._driver}".encode())
 
     @_since(450, "nvmlSystemGetCudaDriverVersion_v2")
     def _cuda_driver_version(self, out: Any) -> int:
-        major, _, minor = self._drill.cuda_driver.partition(".")
+        major, _, minor = self._drill.cuda_of(self._driver).partition(".")
         out._obj.value = int(major) * 1000 + int(minor) * 10
         return SUCCESS
 
@@ -341,14 +366,15 @@ class Library:
 
     @_since(450, "nvmlDeviceGetCount_v2")
     def _count(self, out: Any) -> int:
-        out._obj.value = len(self._node.gpus)
+        out._obj.value = len(self._present())
         return SUCCESS
 
     @_since(450, "nvmlDeviceGetHandleByIndex_v2")
     def _handle_by_index(self, index: Any, out: Any) -> int:
-        gpu = _number(index)
-        if gpu not in self._node.gpus:
+        present = self._present()
+        if not 0 <= _number(index) < len(present):
             return INVALID_ARGUMENT
+        gpu = present[_number(index)]
         if self._active("gpu-lost", gpu):
             return GPU_IS_LOST
         self._give(out, gpu)
@@ -464,7 +490,8 @@ class Library:
         number = _number(index)
         if number >= self.product.mig_slots:
             return INVALID_ARGUMENT
-        if not self._mig(gpu) or number >= len(MIG_SLICES):
+        mig = self._active("mig-enabled", gpu)
+        if mig is None or number >= int(mig.params["instances"]):
             return NOT_FOUND
         self._give(out, gpu, number)
         return SUCCESS

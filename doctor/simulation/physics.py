@@ -76,12 +76,20 @@ class Drill(msgspec.Struct, frozen=True, kw_only=True):
         old = next((fault for fault in self.faults if fault.name == "driver-old"), None)
         return f"{old.params['branch']}.54.03" if old else self.node.driver
 
-    @property
-    def cuda_driver(self) -> str:
-        """The newest CUDA that this driver serves."""
-        branch = int(self.driver.partition(".")[0])
-        if self.driver == self.node.driver:
+    def driver_at(self, seconds: float) -> str | None:
+        """Return the version of the driver that is loaded at this time of the drill; None: none is."""
+        reloaded = self.active("driver-reloaded", seconds)
+        if reloaded is None:
+            return self.driver
+        if reloaded.elapsed(seconds) < reloaded.number("down"):
+            return None
+        return f"{reloaded.params['branch']}.54.03"
+
+    def cuda_of(self, driver: str) -> str:
+        """Return the newest CUDA that a driver serves."""
+        if driver == self.node.driver:
             return self.node.cuda_driver
+        branch = int(driver.partition(".")[0])
         return next(cuda for since, cuda in CUDA_OF_BRANCH if since <= branch)
 
     @property
@@ -325,8 +333,9 @@ class Physics:
                 reasons |= HW_THERMAL | HW_SLOWDOWN
         watts = _power_watts(product, gpu.activity, gpu.load, clock) * _jitter(index, cell)
         if transient is not None and gpu.activity == "working":
-            # All GPUs at once: a fifth of the time far above the limit, then waiting for each other.
-            high = seconds % transient.number("period") < transient.number("period") * 0.2
+            # At once: a fifth of the time far above the limit, then waiting for each other.
+            period = round(transient.number("period") * CELLS_A_SECOND)
+            high = cell % period < max(1, round(period * 0.2))
             peak = transient.number("peak")
             watts = gpu.limit_watts * ((0.2 * peak + 0.8 * 0.4) if cell < 0 else peak if high else 0.4)
         elif watts > gpu.limit_watts:
@@ -348,7 +357,7 @@ class Physics:
         gpu.pcie_bytes_per_second = (2e9 if linked else 12e9) * gpu.load if gpu.activity == "working" else 0.0
 
     def _activity(self, index: int, mine: list[Fault], seconds: float) -> str:
-        if any(fault.name == "gpu-lost" and fault.hits(index) for fault in mine):
+        if any(fault.name in {"gpu-lost", "gpu-removed"} and fault.hits(index) for fault in mine):
             return "lost"
         if index not in self.engine.gpus or seconds >= self._engine_ends or seconds < self.engine.started_seconds:
             return "idle"

@@ -60,6 +60,10 @@ class SimulatedRoot:
         self._last_work: Work | None = None
         self._moved = False
         self._links: dict[str, tuple[int, int, int, int]] = {}
+        self._driver: str | None = None
+        """The version that is loaded by now."""
+        self._there = set(self.node.gpus)
+        """The GPUs that are on the bus by now."""
         self._next_statistics = drill.engine.started_seconds + script.READY_SECONDS + script.STATS_SECONDS
 
     def has(self, name: str) -> bool:
@@ -115,10 +119,9 @@ class SimulatedRoot:
             self._pci(address, self.node.switch_device_id, "0x068000", self.node.numa_nodes[0], acs)
 
     def _pci(self, address: str, device_id: str, kind: str, numa: int, acs: int) -> None:
-        bus = int(address[5:7], 16)
-        port = f"{address[:5]}{bus - 1:02x}:01.0"
-        above = f"sys/devices/pci{address[:5]}{bus - 1:02x}/{port}"
-        here = f"{above}/{address}"
+        here = self._pci_place(address)
+        above = here.removesuffix(f"/{address}")
+        port = above.rpartition("/")[2]
         for place, vendor, device, form in (
             (above, "0x8086", "0x352a", "0x060400"),
             (here, f"0x{device_id[:4]}", f"0x{device_id[5:]}", kind),
@@ -140,6 +143,12 @@ class SimulatedRoot:
         self._pcie(here, generation, generation, width, width)
         self._pcie(above, generation, generation, width, width)
 
+    @staticmethod
+    def _pci_place(address: str) -> str:
+        """Return where a device stands in the tree, below its port."""
+        bus = int(address[5:7], 16)
+        return f"sys/devices/pci{address[:5]}{bus - 1:02x}/{address[:5]}{bus - 1:02x}:01.0/{address}"
+
     def _pcie(self, place: str, generation: int, generation_max: int, width: int, width_max: int) -> None:
         link = (generation, generation_max, width, width_max)
         if self._links.get(place) == link:
@@ -151,17 +160,7 @@ class SimulatedRoot:
         self._put(f"{place}/max_link_width", f"{width_max}\n")
 
     def _write_driver(self) -> None:
-        node, driver = self.node, self.drill.driver
-        self._put("sys/module/nvidia/version", f"{driver}\n")
-        banner = f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {driver}  Release Build\n"
-        self._put("proc/driver/nvidia/version", banner)
-        for gpu, address in enumerate(node.pci_addresses):
-            text = (
-                f"Model: \t\t {node.product.name}\nIRQ:   \t\t {100 + gpu}\nGPU UUID: \t {node.uuid(gpu)}\n"
-                f"Video BIOS: \t {node.product.vbios}\nBus Type: \t PCIe\nBus Location: \t {address}\n"
-                f"Device Minor: \t {gpu}\nGPU Firmware: \t {driver}\nGPU Excluded:\t No\n"
-            )
-            self._put(f"proc/driver/nvidia/gpus/{address}/information", text)
+        node = self.node
         if not node.fabric_manager:
             return
         for number, address in enumerate(node.switches):
@@ -170,7 +169,8 @@ class SimulatedRoot:
         self._put(
             "usr/lib/systemd/system/nvidia-fabricmanager.service", "[Service]\nExecStart=/usr/bin/nv-fabricmanager\n"
         )
-        version = script.fabric_manager_version(self.drill)
+
+    def _install_fabric_manager(self, version: str) -> None:
         branch = version.partition(".")[0]
         package = (
             f"Package: nvidia-fabricmanager-{branch}\nStatus: install ok installed\nArchitecture: amd64\n"
@@ -203,6 +203,7 @@ class SimulatedRoot:
     def advance(self, seconds: float) -> None:
         """Bring every file up to this time of the drill."""
         self._append_logs(seconds)
+        self._bring_driver(seconds)
         self._bring_pci(seconds)
         self._bring_processes(seconds)
 
@@ -253,10 +254,52 @@ class SimulatedRoot:
             yield self._script.served(at)
         self._moved = moved
 
+    def _bring_driver(self, seconds: float) -> None:
+        """Load and unload the driver, and take GPUs off the bus and put them back."""
+        driver = self.drill.driver_at(seconds)
+        there = {gpu for gpu in self.node.gpus if not self._active("gpu-removed", seconds, gpu)}
+        if (driver, there) == (self._driver, self._there):
+            return
+        for folder in ("sys/module/nvidia", "proc/driver/nvidia") if driver != self._driver else ():
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
+        if driver is not None and driver != self._driver:
+            self._put("sys/module/nvidia/version", f"{driver}\n")
+            banner = f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {driver}  Release Build\n"
+            self._put("proc/driver/nvidia/version", banner)
+            if self.node.fabric_manager:
+                self._install_fabric_manager(script.fabric_manager_version(self.drill, seconds))
+        for gpu, address in enumerate(self.node.pci_addresses):
+            self._bring_gpu(gpu, address, driver, gpu in there)
+        self._driver, self._there = driver, there
+
+    def _bring_gpu(self, gpu: int, address: str, driver: str | None, there: bool) -> None:
+        node = self.node
+        told = f"proc/driver/nvidia/gpus/{address}"
+        if driver is None or not there:
+            shutil.rmtree(self.folder / told, ignore_errors=True)
+        else:
+            text = (
+                f"Model: \t\t {node.product.name}\nIRQ:   \t\t {100 + gpu}\nGPU UUID: \t {node.uuid(gpu)}\n"
+                f"Video BIOS: \t {node.product.vbios}\nBus Type: \t PCIe\nBus Location: \t {address}\n"
+                f"Device Minor: \t {gpu}\nGPU Firmware: \t {driver}\nGPU Excluded:\t No\n"
+            )
+            self._put(f"{told}/information", text)
+        seen, bound = self.folder / f"sys/bus/pci/devices/{address}", self.folder / f"{self._pci_place(address)}/driver"
+        for link, wanted, target in (
+            (seen, there, f"../../../../{self._pci_place(address)}"),
+            (bound, driver is not None, "../../../../bus/pci/drivers/nvidia"),
+        ):
+            if not wanted:
+                link.unlink(missing_ok=True)
+            elif not link.is_symlink():
+                link.symlink_to(target)
+
     def _bring_pci(self, seconds: float) -> None:
         product = self.node.product
         state = self._physics.at(seconds)
         for gpu, address in enumerate(self.node.pci_addresses):
+            if gpu not in self._there:
+                continue
             here = (self.folder / f"sys/bus/pci/devices/{address}").resolve().relative_to(self.folder.resolve())
             busy = state.gpus[gpu].activity != "idle"
             generation = product.pcie_generation if busy else product.pcie_generation_idle
@@ -276,12 +319,25 @@ class SimulatedRoot:
             if manager_gone:
                 self._gone(FABRIC_MANAGER_PID)
             else:
-                self._put_process(_Process(FABRIC_MANAGER_PID, 1, "nv-fabricmanage", name, -UPTIME_SECONDS + 30, 60.0))
+                self._bring_fabric_manager(name, seconds)
         if self._active("driver-hung", seconds):
             self._put_process(_Process(HUNG_PID, 1, "nvidia-smi", ("nvidia-smi",), seconds - 60, 0.1, state="D"))
         else:
             self._gone(HUNG_PID)
         self._bring_engine(seconds)
+
+    def _bring_fabric_manager(self, command: tuple[str, ...], seconds: float) -> None:
+        """Let it run: since the boot, or since its last restart under another pid."""
+        again = [f.start_seconds for f in self.drill.faults if f.name == "fabric-manager-restarted"]
+        again += [f.start_seconds + f.number("down") for f in self.drill.faults if f.name == "driver-reloaded"]
+        since = max((start for start in again if start <= seconds), default=-UPTIME_SECONDS + 30)
+        pid = FABRIC_MANAGER_PID + sum(start <= seconds for start in again)
+        for old in range(FABRIC_MANAGER_PID, pid):
+            self._gone(old)
+        if self.drill.driver_at(seconds) is None:
+            self._gone(pid)
+        else:
+            self._put_process(_Process(pid, 1, "nv-fabricmanage", command, since, 60.0))
 
     def _bring_engine(self, seconds: float) -> None:
         engine = self.drill.engine

@@ -149,6 +149,12 @@ def _sxid_kernel(drill: Drill, fault: Fault) -> Iterator[tuple[float, str]]:
     yield 0.0, f"{head}, Severity {0 if severity == 'Non-fatal' else 1} Engine instance 61 Sub-engine instance 00"
 
 
+def _reloaded_kernel(drill: Drill, fault: Fault) -> Iterator[tuple[float, str]]:
+    down = fault.number("down")
+    driver = drill.driver_at(fault.start_seconds + down) or drill.driver
+    yield down, f"NVRM: loading NVIDIA UNIX Open Kernel Module for x86_64  {driver}"
+
+
 def _hung_kernel(drill: Drill, fault: Fault) -> Iterator[tuple[float, str]]:  # noqa: ARG001 - one form for all
     yield 121.0, "INFO: task nvidia-smi:4711 blocked for more than 120 seconds."
 
@@ -172,6 +178,7 @@ _KERNEL: dict[str, Callable[[Drill, Fault], Iterator[tuple[float, str]]]] = {
     "application-fault": _application_fault_kernel,
     "driver-library-mismatch": _mismatch_kernel,
     "driver-hung": _hung_kernel,
+    "driver-reloaded": _reloaded_kernel,
     "gpu-memory-fault": _memory_fault_kernel,
     "oom-kill": _oom_kill_kernel,
     "rank-blocked": _blocked_kernel,
@@ -189,10 +196,10 @@ def upgraded_driver(drill: Drill) -> str:
 # The fabric manager ----------------------------------------------------------------------------------------------
 
 
-def fabric_manager_version(drill: Drill) -> str:
-    """Return the version of the installed fabric manager."""
+def fabric_manager_version(drill: Drill, seconds: float = 0.0) -> str:
+    """Return the version of the fabric manager that is installed at this time of the drill."""
     wrong = any(fault.name == "fabric-manager-version" for fault in drill.faults)
-    return upgraded_driver(drill) if wrong else drill.driver
+    return upgraded_driver(drill) if wrong else drill.driver_at(seconds) or drill.driver
 
 
 def fabric_manager_lines(drill: Drill) -> list[Line]:
@@ -203,26 +210,31 @@ def fabric_manager_lines(drill: Drill) -> list[Line]:
         moment = datetime.datetime.fromtimestamp(drill.started_at + seconds).astimezone()
         return Line(seconds, f"[{moment:%b %d %Y %H:%M:%S}] [{level}] [tid 1584] {text}")
 
-    lines = [
-        line(
-            begins, "INFO", f"Fabric Manager version {drill.driver} is running with the following configuration options"
-        ),
-        line(begins + 4, "INFO", "Connected to 1 node."),
-        line(
-            begins + 5,
-            "INFO",
-            "Successfully configured all the available NVSwitches to route GPU NVLink traffic. "
-            "NVLink Peer-to-Peer support will be enabled once the GPUs are successfully registered with the NVLink fabric.",
-        ),
-    ]
+    lines = list(_fabric_manager_starts(drill, begins, line))
     for fault in drill.faults:
-        if fault.name == "fabric-manager-version":
+        if fault.name == "driver-reloaded":
+            lines += _fabric_manager_starts(drill, fault.start_seconds + fault.number("down"), line)
+        elif fault.name == "fabric-manager-restarted":
+            lines += _fabric_manager_starts(drill, fault.start_seconds, line)
+        elif fault.name == "fabric-manager-version":
             text = (
                 f"fabric manager NVIDIA GPU driver interface version {fabric_manager_version(drill)} don't match with "
                 f"driver version {drill.driver}. Please update with matching NVIDIA driver package."
             )
             lines.append(line(fault.start_seconds - 30, "ERROR", text))
     return lines
+
+
+def _fabric_manager_starts(drill: Drill, seconds: float, line: Callable[[float, str, str], Line]) -> Iterator[Line]:
+    driver = drill.driver_at(seconds) or drill.driver
+    yield line(seconds, "INFO", f"Fabric Manager version {driver} is running with the following configuration options")
+    yield line(seconds + 4, "INFO", "Connected to 1 node.")
+    yield line(
+        seconds + 5,
+        "INFO",
+        "Successfully configured all the available NVSwitches to route GPU NVLink traffic. "
+        "NVLink Peer-to-Peer support will be enabled once the GPUs are successfully registered with the NVLink fabric.",
+    )
 
 
 # The engine ------------------------------------------------------------------------------------------------------
@@ -574,7 +586,7 @@ class EngineScript:
         yield from self._does_not_start(fault.start_seconds, rank, trace)
 
     def _driver_too_old(self, fault: Fault) -> Iterator[Line]:
-        major, _, minor = self.drill.cuda_driver.partition(".")
+        major, _, minor = self.drill.cuda_of(self.drill.driver).partition(".")
         error = (
             f"RuntimeError: The NVIDIA driver on your system is too old (found version {int(major) * 1000 + int(minor) * 10}). "
             "Please update your GPU driver by downloading and installing a new version from the URL: "
