@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+
+from doctor.collectors.collector import CannotSeeError, Visit
+from doctor.collectors.kernel_log import KernelLog
 
 PACKAGING = Path(__file__).parent.parent / "packaging"
 UNIT = PACKAGING / "systemd" / "gpu-doctor.service"
@@ -81,6 +86,28 @@ def test_the_folders_are_those_that_the_program_knows() -> None:
 
     assert Path("/etc", *settings("ConfigurationDirectory")) == config.FILE.parent
     assert Path("/var/lib", *settings("StateDirectory")) == STATE_FOLDER
+
+
+@pytest.mark.parametrize(("kernel", "seen"), [("this one", True), ("another", False)])
+def test_a_container_reads_the_log_of_its_own_kernel_where_the_device_is_barred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, seen: bool
+) -> None:
+    """As in a pod that is not privileged: the node's root is mounted, /dev/kmsg may not be opened, syslog(2) may be asked."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    there = tmp_path / "root" / boot_id.relative_to("/")
+    there.parent.mkdir(parents=True)
+    there.write_text(boot_id.read_text() if kernel == "this one" else "b0\n")
+    program = tmp_path / "dmesg"
+    program.write_text("#!/bin/sh\necho '[   12.500000] NVRM: Xid (PCI:0000:18:00): 79, GPU has fallen off the bus.'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    log = KernelLog(tmp_path / "root")
+    if seen:
+        (xid,) = log.collect(Visit(at=time.time())).fields["kernel"]
+        assert xid.code == 79
+    else:
+        with pytest.raises(CannotSeeError):
+            log.collect(Visit(at=time.time()))
 
 
 @pytest.mark.parametrize("script", sorted(PACKAGING.rglob("*.sh")), ids=lambda path: path.name)

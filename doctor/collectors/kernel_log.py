@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ from doctor.collectors.processes import booted_at
 from doctor.collectors.programs import answer_of
 from doctor.readers.kernel_log import KernelLogReader, with_boots_marked
 from doctor.readers.patterns import LogPattern
-from doctor.snapshot import Absent, KernelEvent, Position, Source, Why
+from doctor.snapshot import Absent, KernelEvent, Position, Source, Unseen, Why
 
 KMSG = "dev/kmsg"
 LOG_FILES = ("var/log/kern.log", "var/log/dmesg")
@@ -27,14 +28,19 @@ RECORD_BYTES = 8192
 """A read of /dev/kmsg with a smaller buffer than the record fails with EINVAL (kernel: PRINTKRB_RECORD_MAX is 1 KiB,
 extended records up to 8 KiB)."""
 
-MOST_RECORDS = 200_000
-"""At one visit; a kernel log buffer of 16 MiB holds fewer."""
+READ_SECONDS = 2.5
+"""Half of the deadline. What is left is read at the next visits."""
+
+BATCH_RECORDS = 1000
+"""Records that are read together: between two batches the time is looked at."""
 
 FILE_BYTES = 16 << 20
 """Of a log file, at one visit."""
 
 BOOT_SLACK_SECONDS = 5.0
 """/proc/stat tells the boot in whole seconds, and the clock may have been set since."""
+
+LAGS = "it is written faster than it is read: the rest waits for the next visits"
 
 REMEDY = "run as root, give the process CAP_SYSLOG, or add its user to group adm or systemd-journal"
 
@@ -57,8 +63,16 @@ class _Way(Protocol):
         """The number of the first line that it gave, where lines are counted; else 1."""
         ...
 
-    def news(self) -> Iterator[bytes]:
-        """Yield the records since the last call, whole lines. Raises OSError or CannotSeeError."""
+    @property
+    def shortfall(self) -> str:
+        """What of the log the last `news` did not give, in the operator's words; empty: nothing."""
+        ...
+
+    def news(self, until: float) -> Iterator[bytes]:
+        """Yield the records since the last call, whole lines, until that moment of the monotonic clock.
+
+        Raises OSError or CannotSeeError.
+        """
         ...
 
     def close(self) -> None: ...
@@ -74,14 +88,31 @@ class _Kmsg:
         self._boot = boot
         before, _, number = place.partition(":")
         self._last = int(number) if before == boot and number.isdecimal() else -1
+        self.shortfall = ""
         self._file = open_file(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     @property
     def place(self) -> str:
         return f"{self._boot}:{self._last}" if self._last >= 0 else ""
 
-    def news(self) -> Iterator[bytes]:
-        for _ in range(MOST_RECORDS):
+    def news(self, until: float) -> Iterator[bytes]:
+        self.shortfall = ""
+        overwritten = 0
+        while batch := list(self._batch()):
+            for number, record in batch:
+                if 0 <= self._last < number - 1:
+                    overwritten += number - self._last - 1
+                self._last = max(self._last, number)
+            yield b"".join(record for _, record in batch if self._every_facility or _of_kernel(record))
+            if overwritten:
+                self.shortfall = f"records that the kernel overwrote before they were read: {overwritten}"
+            if time.monotonic() > until:
+                self.shortfall = self.shortfall or LAGS
+                return
+
+    def _batch(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the next records with their numbers."""
+        for _ in range(BATCH_RECORDS):
             try:
                 record = os.read(self._file, RECORD_BYTES)
             except BlockingIOError:
@@ -92,13 +123,10 @@ class _Kmsg:
                 raise
             if not record:
                 return
-            number = _NUMBER.match(record)
-            if number:
-                if int(number[1]) <= self._last:
-                    continue
-                self._last = int(number[1])
-            if self._every_facility or _of_kernel(record):
-                yield record if record.endswith(b"\n") else record + b"\n"
+            found = _NUMBER.match(record)
+            number = int(found[1]) if found else self._last
+            if found is None or number > self._last:
+                yield number, record if record.endswith(b"\n") else record + b"\n"
 
     def close(self) -> None:
         os.close(self._file)
@@ -124,8 +152,12 @@ class _File:
     def place(self) -> str:
         return self._file.place
 
-    def news(self) -> Iterator[bytes]:
-        for piece in self._file.pieces():
+    @property
+    def shortfall(self) -> str:
+        return LAGS if self._file.behind_bytes else ""
+
+    def news(self, until: float) -> Iterator[bytes]:
+        for piece in self._file.pieces(until):
             if not piece.joins:
                 self.line = max(piece.line, 1)
             if self._every_facility:
@@ -143,6 +175,7 @@ class _Journal:
     _CURSOR = re.compile(rb"^-- cursor: (\S+)\s*$", re.MULTILINE)
 
     line = 1
+    shortfall = ""
 
     def __init__(self, arguments: Iterable[str], place: str) -> None:
         self._arguments = ["journalctl", "--dmesg", "--quiet", "--no-pager", "--output=json", "--show-cursor"]
@@ -153,7 +186,7 @@ class _Journal:
     def place(self) -> str:
         return self._cursor or ""
 
-    def news(self) -> Iterator[bytes]:
+    def news(self, until: float) -> Iterator[bytes]:  # noqa: ARG002 - one answer
         since = [f"--after-cursor={self._cursor}"] if self._cursor else ["--boot=0", "--lines=50000"]
         answer = answer_of([*self._arguments, *since], 3.0)
         cursor = self._CURSOR.search(answer)
@@ -172,6 +205,7 @@ class _Dmesg:
 
     _UPTIME = re.compile(rb"^\[ *(\d+\.\d+)\]")
     line = 1
+    shortfall = ""
 
     def __init__(self, boot: str, place: str) -> None:
         self._boot = boot
@@ -182,7 +216,7 @@ class _Dmesg:
     def place(self) -> str:
         return f"{self._boot}:{self._last}"
 
-    def news(self) -> Iterator[bytes]:
+    def news(self, until: float) -> Iterator[bytes]:  # noqa: ARG002 - one answer
         fresh: list[bytes] = []
         last = self._last
         for line in answer_of(["dmesg", "--kernel"], 3.0).splitlines(keepends=True):
@@ -233,31 +267,35 @@ class KernelLog:
             boot: float | None = booted_at(self.root)
         except (OSError, ValueError):
             boot = None
-        events: list[KernelEvent] = []
+        until = time.monotonic() + READ_SECONDS
         if self._way is None or self._reader is None:
-            self._way, self._reader, first = self._opened(boot, visit.at)
-            events += self._reader.feed(b"".join(first))
+            self._way, self._reader, first = self._opened(boot, visit.at, until)
+            for data in first:
+                self._reader.follow(data)
         else:
             self._reader.booted_at, self._reader.now = boot, visit.at
             try:
-                # In one piece: the reader thins out what repeats itself within a piece.
-                events += self._reader.feed(b"".join(self._way.news()))
+                for data in self._way.news(until):
+                    self._reader.follow(data)
             except OSError as e:
                 self.close()
                 raise CannotSeeError(files.why_not(e, "the kernel log", REMEDY)) from e
             except CannotSeeError:
                 self.close()
                 raise
+        events = self._reader.take()
         fields: dict[str, object] = {"kernel": _of_this_boot(events, boot)}
         if self._way.place:
             self._places[self._name] = self._way.place
             fields["positions"] = (Position(self.source, self._name, self._way.place),)
-        return Reading(fields=fields)
+        short = self._way.shortfall
+        unseen = (Unseen(self.source, Absent(Why.PASSED_OVER, short), "part of the kernel log"),) if short else ()
+        return Reading(fields=fields, unseen=unseen)
 
-    def _opened(self, boot: float | None, now: float) -> tuple[_Way, KernelLogReader, list[bytes]]:
+    def _opened(self, boot: float | None, now: float, until: float) -> tuple[_Way, KernelLogReader, list[bytes]]:
         refusals: list[Absent] = []
         for name, open_way in self._ways():
-            opened = _tried(name, open_way)
+            opened = _tried(name, open_way, until)
             if not isinstance(opened, Absent):
                 kmsg = name == KMSG
                 shown = f"/{KMSG}" if kmsg else Path(name).name
@@ -285,9 +323,11 @@ class KernelLog:
         yield KMSG, open_kmsg
         if self.root == Path("/"):
             yield "journal", lambda: _Journal((), place("journal"))
-            yield "dmesg", lambda: _Dmesg(boot, place("dmesg"))
         elif (journal := self.root / "var/log/journal").is_dir():
             yield "journal", lambda: _Journal((f"--directory={journal}",), place("journal"))
+        # Of a node's root in a container, too: the device is barred there, and its kernel is ours.
+        if self.root == Path("/") or (boot and boot == _boot_id(Path("/"))):
+            yield "dmesg", lambda: _Dmesg(boot, place("dmesg"))
         for name in LOG_FILES:
             yield name, lambda name=name: _File(self.root / name, self.open_file, self.every_facility, place(name))
 
@@ -306,11 +346,11 @@ def _boot_id(root: Path) -> str:
         return ""
 
 
-def _tried(name: str, open_way: Callable[[], _Way]) -> tuple[_Way, list[bytes]] | Absent:
+def _tried(name: str, open_way: Callable[[], _Way], until: float) -> tuple[_Way, list[bytes]] | Absent:
     """Return the way and what the log holds already, or why this way is closed."""
     try:
         way = open_way()
-        return way, list(way.news())
+        return way, list(way.news(until))
     except OSError as e:
         return files.why_not(e, f"/{name}", REMEDY)
     except CannotSeeError as e:
