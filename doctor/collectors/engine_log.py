@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 
-from doctor.collectors import files
+from doctor.collectors import files, pipes
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
 from doctor.collectors.following import FollowedFile
 from doctor.collectors.processes import environment_of
@@ -216,6 +216,7 @@ class EngineLogs:
         self.patterns = patterns
         self._positions = tuple(position for position in positions if position.source is self.source)
         self._followed: list[_Log] = []
+        self._pipes = pipes.Pipes(root)
 
     def collect(self, visit: Visit) -> Reading:
         """Read what is new in every log. Raises CannotSeeError when there is none to read."""
@@ -293,14 +294,14 @@ class EngineLogs:
 
     def _found(self, engine: Engine, wanted: list[_Log], at: float) -> list[_Log] | Absent:
         """Return the engine's logs: its output files, else its container's, else its unit's, else the site's."""
-        outputs = _outputs(self.root, engine.pid)
+        outputs = self._outputs(engine.pid)
         sources = [] if isinstance(outputs, Absent) else [source for source in outputs if source.path is not None]
         sources = sources or list(_of_container(self.root, engine))
         if sources:
             offset = utc_offset_seconds(self.root, engine.pid, at)
             return [self._followed_file(sources[0].name, source, offset, wanted) for source in sources]
         # systemd gives a unit a socket to the journal; any other output leads elsewhere.
-        to_journal = isinstance(outputs, Absent) or any(source.name == "socket" for source in outputs)
+        to_journal = isinstance(outputs, Absent) or any(source.name.startswith("socket:") for source in outputs)
         if to_journal and known(engine.unit) and not known(engine.container):
             name = f"journal:{engine.unit}"
             held = next((log for log in (*wanted, *self._followed) if log.name == name), None)
@@ -309,8 +310,21 @@ class EngineLogs:
             return [wanted[0]]
         if isinstance(outputs, Absent):
             return outputs
-        where = ", ".join(sorted({source.name for source in outputs})) or "nowhere"
+        where = ", ".join(sorted({_kind(source.name) for source in outputs})) or "nowhere"
         return Absent(Why.NOT_PRESENT, f"its output goes to {where}; {REMEDY}")
+
+    def _outputs(self, pid: int) -> list[_Output] | Absent:
+        """Return where the output of an engine goes, or why that can't be told; through pipes to the file behind them."""
+        outputs = _outputs(self.root, pid)
+        return outputs if isinstance(outputs, Absent) else [self._behind(output) for output in outputs]
+
+    def _behind(self, output: _Output) -> _Output:
+        for reader in self._pipes.readers(output.name):
+            written = _outputs(self.root, reader, pipes.written_by(self.root, reader))
+            ends = [] if isinstance(written, Absent) else [end for end in written if end.path is not None]
+            if ends:  # a lock or a state that is held open beside the log is empty
+                return next((end for end in ends if _size(end) > 0), ends[0])
+        return output
 
     def _followed_file(self, name: str, source: _Output, offset: float, wanted: list[_Log]) -> _Log:
         """Return the log of a file, the one that is held already where the file is the same.
@@ -336,17 +350,28 @@ class _Output(msgspec.Struct, frozen=True):
     """Where an engine's output goes."""
 
     name: str
+    """A path, or the kernel's name of what is no file: `pipe:[4711]`."""
     path: Path | None = None
     """None: to something that is no file."""
     beside: Path | None = None
     """Where it stands among its rotated files, if not at the path."""
 
 
-def _outputs(root: Path, pid: int) -> list[_Output] | Absent:
-    """Return where standard output and error of a process go, or why that can't be told."""
+def _kind(name: str) -> str:
+    """Return a path as it is, and of anything else what it is: `pipe`."""
+    return name if name.startswith("/") else name.partition(":")[0]
+
+
+def _size(output: _Output) -> int:
+    state = _state_of(output.path) if output.path is not None else None
+    return state.st_size if state is not None else 0
+
+
+def _outputs(root: Path, pid: int, descriptors: Iterable[int] = (1, 2)) -> list[_Output] | Absent:
+    """Return where descriptors of a process (its standard output and error) lead, or why that can't be told."""
     found: dict[str, _Output] = {}
     real = os.path.ismount(root / "proc")
-    for number in (1, 2):
+    for number in descriptors:
         descriptor = root / f"proc/{pid}/fd/{number}"
         try:
             target = str(descriptor.readlink())
@@ -355,7 +380,7 @@ def _outputs(root: Path, pid: int) -> list[_Output] | Absent:
         except OSError:  # closed
             continue
         if not target.startswith("/"):  # a pipe, a socket
-            found.setdefault(target, _Output(target.partition(":")[0]))
+            found.setdefault(target, _Output(target))
             continue
         inside = files.within(root / f"proc/{pid}/root", target)
         # The kernel's link leads to the open file itself, wherever it was renamed to, and out of any container.
