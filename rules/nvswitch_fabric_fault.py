@@ -79,7 +79,9 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
 def _may_need_manager(snapshot: Snapshot) -> bool:
     """Whether these GPUs may be linked through NVSwitches: boards that we don't know may."""
     products = [product_of(gpu) for gpu in snapshot.gpus]
-    return not products or any(product is None or product.has_board_nvlink for product in products)
+    if not products:  # somebody installed a manager
+        return known(snapshot.fabric_manager.unit_state)
+    return any(product is None or product.has_board_nvlink for product in products)
 
 
 def _switches_may_be_hidden(snapshot: Snapshot) -> bool:

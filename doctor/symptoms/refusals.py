@@ -113,12 +113,13 @@ def _reason(cause: EngineEvent, log: EngineLog, engine: Engine | None) -> Reason
 
 
 def _reason_of_tile(cause: EngineEvent, log: EngineLog, engine: Engine | None) -> Reason:
-    """Return why a shard is too narrow for a kernel: FP8 in software, its blocks, its split, or, unsplit, the format of the checkpoint."""
-    if weight_only(log):
+    """Return why a shard is too narrow for a kernel: FP8 by Marlin, its blocks, its split, or, unsplit, the format of the checkpoint."""
+    split = _is_split(cause, log, engine)
+    if split and weight_only(log):
         return Reason.STAND_IN
     if engine is not None and known(engine.model.weight_block_size):
         return Reason.BLOCKS
-    return Reason.SPLIT if _is_split(cause, log, engine) else Reason.FORMAT
+    return Reason.SPLIT if split else Reason.FORMAT
 
 
 def _is_split(cause: EngineEvent, log: EngineLog, engine: Engine | None) -> bool:
