@@ -74,8 +74,9 @@ def run(  # the one function that ties feed, path, page and log together
                 log.info("recording read", visits=len(past), last_at=past[-1].snapshot.at)
             if recorder and recorder.damaged:
                 log.warning("recording damaged", places=recorder.damaged)
+            del past  # the history keeps what it needs
             for report in watch(
-                _recorded(visits, recorder), rules, keep_seconds, optional, silences, past=[e.snapshot for e in past]
+                _recorded(visits, recorder), rules, keep_seconds, optional, silences, past=_handed_over(recorder)
             ):
                 tally.add(report)
                 door.show(report)
@@ -97,6 +98,16 @@ def _recorded(visits: Generator[Snapshot, None, None], recorder: FlightRecorder 
     """Yield each visit with what the flight recorder says of itself then."""
     for snapshot in visits:
         yield msgspec.structs.replace(snapshot, recorder=recorder.state()) if recorder else snapshot
+
+
+def _handed_over(recorder: FlightRecorder | None) -> Iterator[Snapshot]:
+    """Yield what an earlier life of the daemon saw, and let go of it."""
+    if recorder is None:
+        return
+    entries = list(reversed(recorder.past))
+    recorder.past = ()
+    while entries:
+        yield entries.pop().snapshot
 
 
 def _tally_of(counted: bytes) -> Tally:

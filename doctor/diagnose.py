@@ -18,7 +18,7 @@ def watch(
     optional: frozenset[Source] = frozenset(),
     silences: Sequence[Silence] = (),
     *,
-    past: Sequence[Snapshot] = (),
+    past: Iterable[Snapshot] = (),
 ) -> Iterator[Report]:
     """Yield a report after each visit. *keep*: how many seconds of visits the rules remember.
 

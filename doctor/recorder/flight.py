@@ -39,7 +39,7 @@ class FlightRecorder:
     ) -> None:
         self.directory = directory
         self.past: tuple[Entry, ...] = ()
-        """The entries of the last *keep_seconds* before the daemon started, oldest first."""
+        """The entries of the last *keep_seconds* before the daemon started, oldest first, until somebody takes them."""
         self.damaged = 0
         """Places of the recording that could not be read back."""
         self._clock = clock
