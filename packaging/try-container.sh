@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Build the image and run it as docs/install.md says: the user and the rights it ends up with, /metrics, the engine of
+# another container with its log, the kernel log.
+#
+#   packaging/try-container.sh [ROOT]
+#
+# Needs root, buildah, podman and runc; no registry: the base image is made of ROOT, a Debian 12 tree with python3 and
+# python3-venv (made with debootstrap where it lacks; copied, not changed). Ends with 0 and `all steps passed`. A minute.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+from=${1:-}
+work=$(mktemp -d)
+engine='' doctor=''
+base=localhost/gpu-doctor-trial-base image=localhost/gpu-doctor-trial
+run() { # options and ulimits that podman needs where there is no systemd and no user session
+    podman --log-level fatal --cgroup-manager cgroupfs --runtime runc run --ulimit nofile=1024:1024 --ulimit nproc=1024:1024 "$@"
+}
+clean() {
+    for container in $engine $doctor; do podman rm --force --time 5 "$container" >/dev/null 2>&1 || true; done
+    buildah rmi --force "$image" "$base" >/dev/null 2>&1 || true
+    rm -rf "$work"
+}
+trap clean EXIT
+step() { echo "trial: $*"; }
+fail() {
+    echo "trial: FAILED: $*"
+    [ -z "$doctor" ] || podman logs --tail 20 "$doctor"
+    exit 1
+}
+await() { # SECONDS WHAT COMMAND…
+    local until=$((SECONDS + $1)) what=$2
+    shift 2
+    until "$@"; do
+        [ $SECONDS -lt "$until" ] || fail "$what"
+        sleep 0.2
+    done
+}
+served() { curl --silent --fail --max-time 5 "http://127.0.0.1:$port$1"; }
+metric() { served /metrics >"$work/page" && grep -qE "$1" "$work/page"; }
+
+step "a base image without a registry"
+if [ -z "$from" ] || [ ! -e "$from/usr/bin/python3" ]; then
+    from=${from:-$work/root}
+    debootstrap --variant=minbase --include=python3,python3-venv bookworm "$from" >"$work/log" 2>&1 ||
+        { tail "$work/log"; exit 1; }
+fi
+container=$(buildah from scratch)
+mounted=$(buildah mount "$container")
+tar -C "$from" --one-file-system -cf - . | tar -C "$mounted" -xf -
+chroot "$mounted" python3 -c 'import ensurepip' 2>/dev/null ||
+    chroot "$mounted" sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv' >/dev/null
+buildah unmount "$container" >/dev/null
+buildah commit --quiet --rm "$container" "$base" >/dev/null
+
+step "build"
+# pip in the build trusts and asks whom this machine's pip does.
+pip_options=()
+if [ -n "${PIP_CERT:-}" ]; then
+    pip_options=(--volume "$PIP_CERT:/etc/pip-trusts.pem:ro" --volume "$work/pip.conf:/etc/pip.conf:ro")
+    printf '[global]\ncert = /etc/pip-trusts.pem\n' >"$work/pip.conf"
+fi
+buildah bud --quiet --isolation chroot --network host --format docker "${pip_options[@]}" --build-arg BASE="$base" \
+    --file packaging/container/Containerfile --tag "$image" . >"$work/log" 2>&1 || { tail -30 "$work/log"; fail "buildah bud"; }
+size() { podman image inspect --format '{{.Size}}' "$1"; }
+step "the image is $((($(size "$image") - $(size "$base")) / 1000000)) MB over its base"
+
+step "a simulated node"
+run --rm --network none "$image" check --simulate hgx-h100-8 >"$work/screen" || fail "check: $(cat "$work/screen")"
+head -n 3 "$work/screen"
+
+step "an engine in another container"
+cat >"$work/vllm" <<'PY'
+import time
+print("(APIServer pid=7) INFO 11-21 07:34:01 [utils.py:233] non-default args: {'model': '/model'}", flush=True)
+time.sleep(3600)
+PY
+mkdir "$work/model"
+printf '%s' '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "vocab_size": 512, "torch_dtype": "bfloat16"}' >"$work/model/config.json"
+engine=$(run --detach --network none --user 1234 --log-driver k8s-file --volume "$work/vllm:/usr/local/bin/vllm:ro" \
+    --volume "$work/model:/model:ro" --entrypoint '["/usr/bin/python3", "/usr/local/bin/vllm", "serve", "/model"]' "$base")
+
+step "the daemon, with the host's processes and files"
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+# As in docs/install.md, without what only a node with GPUs and docker has.
+doctor=$(run --detach --read-only --tmpfs /tmp --network host --pid host --cap-drop all --cap-add SETUID --cap-add SETGID \
+    --cap-add SYSLOG --cap-add SYS_PTRACE --cap-add DAC_READ_SEARCH --security-opt apparmor=unconfined \
+    --volume /:/host:ro --volume gpu-doctor-trial:/var/lib/gpu-doctor "$image" \
+    daemon --root /host --state-dir /var/lib/gpu-doctor --interval 1 --listen "127.0.0.1:$port")
+await 60 "/metrics" metric '^gpu_doctor_build_info'
+pid=$(podman inspect --format '{{.State.Pid}}' "$doctor")
+[ "$(stat -c %u "/proc/$pid")" = 65532 ] || fail "its user is $(stat -c %u "/proc/$pid")"
+# bits: CAP_DAC_READ_SEARCH 2, CAP_SYS_PTRACE 19, CAP_SYSLOG 34
+grep -q '^CapEff:.0000000400080004$' "/proc/$pid/status" || fail "$(grep ^Cap "/proc/$pid/status")"
+grep -q '^NoNewPrivs:.1' "/proc/$pid/status" || fail "NoNewPrivs"
+await 30 "the engine of the other container" metric '^gpu_doctor_engine_info\{.*kind="vllm",model="/model"'
+await 30 "its log" metric '^gpu_doctor_engine_log_lines_total [1-9]'
+await 30 "its model" metric '^gpu_doctor_collector_success\{collector="model"\} 1'
+await 30 "the kernel log" metric '^gpu_doctor_collector_success\{collector="kernel-log"\} 1'
+! metric '^gpu_doctor_unseen\{.*no-permission' || fail "something is closed to it: $(grep ^gpu_doctor_unseen "$work/page")"
+await 30 "the recorder" metric '^gpu_doctor_recorder_failing 0'
+served /healthz >/dev/null || fail "/healthz"
+
+step "it ends gently"
+podman stop --time 20 "$doctor" >/dev/null
+podman logs "$doctor" 2>&1 | grep -q '"event": "ended"' || fail "it did not end gently"
+podman volume rm --force gpu-doctor-trial >/dev/null 2>&1 || true
+step "all steps passed"
