@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import msgspec
 
 from doctor.history import History
-from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
+from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
 from doctor.snapshot import EngineEvent, OomKill, Source
 from doctor.symptoms.engine_groups import gpus_of_engine
 from doctor.symptoms.engine_log import KILLED_EXIT_CODES, EngineLog, Incident, engine_logs, vanished_core
+from doctor.symptoms.names import listed
+from doctor.symptoms.orphans import Orphans, orphans
 from doctor.symptoms.xids import of_this_boot
 
 TITLES = ("VLLM::", "vllm", "ray::", "sglang")
@@ -26,15 +28,22 @@ KILLS = ("SIGKILL",)
 """A process can't ask for this one by its own mistake, unlike SIGSEGV or SIGABRT."""
 
 
+class Limits(msgspec.Struct, frozen=True):
+    """When what is left of an engine is no longer on its way out."""
+
+    settle_seconds: float = 10.0
+    """As for `gpu-memory-held`: processes of an engine that is being stopped outlive it by up to 3 s."""
+
+
 @rule(
     "worker-killed",
     "A process of the engine was killed",
     severity=Severity.CRITICAL,
     needs=(Source.ENGINE_LOG, Source.KERNEL_LOG),
-    explains=("engine-crashed", "nccl-timeout", "engine-stalled"),
-    limits=NoLimits(),
+    explains=("engine-crashed", "nccl-timeout", "engine-stalled", "gpu-memory-held"),
+    limits=Limits(),
 )
-def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
+def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     """Join the exit code in the engine's log with the kernel's out-of-memory kills."""
     kills = [e for e in of_this_boot(history) if isinstance(e, OomKill)]
     ours = [kill for kill in kills if kill.process_name.startswith(TITLES)]
@@ -51,6 +60,14 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
             used.add(kill.where)
         found = _finding(log, log.incident, death, kill, gpus_of_engine(history, log.engine))
         yield found if kill is not None or _killed(log.incident) else _unnamed(history, log, found)
+    for left in orphans(history, limits.settle_seconds):
+        log = next((log for log in logs if log.engine == left.server.id), None)
+        if log is not None and (log.stopped or log.incident is not None):
+            continue
+        kill = next((k for k in kills if k.pid == left.server.pid), None)
+        if kill is not None:
+            used.add(kill.where)
+        yield _orphaned(history, left, kill)
     recovered = any(log.serving and log.incident is None for log in logs)
     for kill in ours:
         if kill.where not in used and not recovered:
@@ -62,6 +79,36 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
                 since=kill.at,
                 facts={"pid": str(kill.pid)},
             )
+
+
+def _orphaned(history: History, left: Orphans, kill: OomKill | None) -> Finding:
+    """Return the finding of a server that is gone while its engine core lives on: an orderly end takes the core along."""
+    first, several = left.cores[0], len(left.cores) > 1
+    pids = tuple(core.pid for core in left.cores)
+    cores = f"its engine core{'s' if several else ''} (pid {listed(map(str, pids))})"
+    alive = Evidence(
+        Source.PROCESSES.value,
+        f"/proc/{first.pid}",
+        f"{first.command_line[0]} runs; its server, pid {left.server.pid}, does not",
+    )
+    return Finding(
+        summary=f"The engine's server (pid {left.server.pid}) was ended by SIGKILL: {_killer(history, kill)}; "
+        f"{cores} {'live' if several else 'lives'} on without it and {'keep' if several else 'keeps'} all memory",
+        evidence=(alive, *((Evidence(Source.KERNEL_LOG.value, kill.where, kill.text),) if kill is not None else ())),
+        confidence=Confidence.HIGH if kill is not None else Confidence.MEDIUM,
+        subject=Subject(engine=left.server.id, gpus=gpus_of_engine(history, left.server.id), pids=pids),
+        since=left.since,
+        facts={"pid": str(first.pid)} | ({"log": left.server.log} if isinstance(left.server.log, str) else {}),
+    )
+
+
+def _killer(history: History, kill: OomKill | None) -> str:
+    """Return who ended a process of an engine that was seen to live."""
+    if kill is not None:
+        return f"the kernel's out-of-memory killer took it{_size(kill)}"
+    if Source.KERNEL_LOG in history.latest.seen:
+        return "by hand, or by a supervisor: the kernel log tells of no out-of-memory kill"
+    return BY_WHOM
 
 
 def _may_be_engine(kill: OomKill) -> bool:
@@ -106,10 +153,9 @@ def _unnamed(history: History, log: EngineLog, found: Finding) -> Finding:
     pids = tuple(rank.pid for rank in cores[-1]) if cores else ()
     who = f"The engine core (pid {pids[0]})" if len(pids) == 1 else "An engine core"
     looked = Source.KERNEL_LOG in history.latest.seen
-    by = "and the kernel log tells of no out-of-memory kill: by hand, or by a supervisor" if looked else BY_WHOM
     return msgspec.structs.replace(
         found,
-        summary=f"{who} was ended from outside: it left no word of an error, as after SIGKILL, {by}",
+        summary=f"{who} was ended from outside: it left no word of an error, as after SIGKILL; {_killer(history, None)}",
         confidence=Confidence.MEDIUM if looked else Confidence.LOW,
         subject=msgspec.structs.replace(found.subject, pids=pids if len(pids) == 1 else ()),
     )

@@ -8,7 +8,7 @@ import pytest
 
 from doctor.report import Report
 from doctor.rule import Confidence, Finding
-from doctor.snapshot import Engine, EngineEvent, HostMessage, Rank, Snapshot, Source
+from doctor.snapshot import Engine, EngineEvent, HostMessage, OomKill, Rank, Snapshot, Source
 from doctor.symptoms.engine_log import engine_logs
 from rules import RULES
 
@@ -114,3 +114,55 @@ def test_a_new_engine_that_serves_ends_what_the_old_one_died_of() -> None:
     visits = restarted(nodes.line("startup-complete", "Application startup complete.", number=250))
     assert "worker-killed" not in [f.finding.failure_mode for f in nodes.report(visits, RULES).findings]
     assert [log.engine for log in engine_logs(nodes.history(visits))] == [visits[-1].engines[0].id]
+
+
+def headless(*, visits: int = 5) -> tuple[Snapshot, ...]:
+    """A healthy engine whose server vanishes at the third visit, without a line in its log; its processes run on."""
+    alive = nodes.each(nodes.healthy("hgx-h100-4", visits=visits), with_core)
+    (engine,) = alive[0].engines
+    (core,) = engine.cores
+    left = Engine(
+        pid=core.pid, started_at=engine.started_at + 9, kind="vllm", command_line=(core.title,), ranks=engine.ranks, cores=(core,), log=engine.log
+    )  # fmt: skip
+    return (*alive[:2], *(nodes.put(nodes.without_engine(s), engines=(left,)) for s in alive[2:]))
+
+
+def test_a_server_that_is_killed_leaves_its_engine_core_and_that_is_told() -> None:
+    visits = headless()
+    report = nodes.report(visits, RULES)
+    finding = first_of(report)
+    assert [root.finding.failure_mode for root in report.roots] == ["worker-killed"]
+    assert finding.summary == (
+        "The engine's server (pid 1000) was ended by SIGKILL: by hand, or by a supervisor: the kernel log tells of no "
+        f"out-of-memory kill; its engine core (pid {CORE}) lives on without it and keeps all memory"
+    )
+    assert finding.subject.engine == visits[0].engines[0].id
+    assert finding.subject.gpus
+    assert finding.since == visits[2].at
+    assert any("pgrep -af VLLM::" in step for step in finding.advice)
+
+
+def test_the_kernel_that_took_the_server_is_named_once() -> None:
+    kill = OomKill(text="Out of memory: Killed process 1000 (vllm)", where="/dev/kmsg:7", at=nodes.START, pid=1000, process_name="vllm", rss_bytes=40 << 30)  # fmt: skip
+    visits = headless()
+    report = nodes.report((*visits[:2], nodes.with_kernel(visits[2], kill), *visits[3:]), RULES)
+    told = [f.finding.summary for f in report.findings if f.finding.failure_mode == "worker-killed"]
+    assert len(told) == 1
+    assert "the kernel's out-of-memory killer took it at 40.0 GiB" in told[0]
+
+
+@pytest.mark.parametrize(
+    "visits",
+    [
+        headless()[:3],
+        headless()[2:],
+        (
+            *headless()[:2],
+            nodes.with_lines(headless()[2], nodes.line("shutdown", "shutdown triggered")),
+            *headless()[3:],
+        ),
+    ],
+    ids=["just-now", "a-library's", "asked-to-stop"],
+)
+def test_an_engine_core_alone_is_not_always_left_over(visits: tuple[Snapshot, ...]) -> None:
+    assert "worker-killed" not in [f.finding.failure_mode for f in nodes.report(visits, RULES).findings]
