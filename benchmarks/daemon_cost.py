@@ -3,7 +3,7 @@
     python benchmarks/daemon_cost.py [--minutes 3] [--interval 10] [--processes 1500] [--peers DIR] [--alone]
 
 A simulated eight-GPU node with a serving engine lives in this process: its files, its engine's page. The daemon runs on them
-as it does on a node, with `--root`, its NVML child, all rules and the flight recorder; nvitop-exporter runs at the same time
+as it does on a node, with `--root`, its NVML child, all rules, the flight recorder, and an hour of visits that it remembers; nvitop-exporter runs at the same time
 and at the same interval, from an environment of its own (made in DIR the first time). Both ask the same stand-in for NVML at the
 C boundary. What goes into answering them is the simulation's, not theirs: it is counted call by call, and told apart. What a
 real driver takes instead of it can't be told without one.
@@ -31,7 +31,14 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from doctor.cli import KEEP_SECONDS
+from doctor.collectors.nvml import NvmlCollector
+from doctor.feeds import live
 from doctor.feeds.simulated import World, drill_of
+from doctor.recorder.folder import Bounds, Shelf
+from doctor.recorder.segment import Entry
+from doctor.simulation.physics import Drill
+from doctor.snapshot.clock import in_new_time
 
 HOME = Path(__file__).parent.parent
 PROFILE = "hgx-h100-8"
@@ -187,6 +194,20 @@ def crowd(root: Path, number: int) -> None:
         (folder / "cmdline").write_text(command)
 
 
+def remember_an_hour(root: Path, drill: Drill, state: Path, interval: float) -> None:
+    """Record an hour of visits that end now: what a daemon remembers that has run for long."""
+    nvml = NvmlCollector(root=None, library="doctor.simulation.nvml", spec=msgspec.json.encode(drill).decode())
+    seen = list(live.every(2.0, (nvml, *live.without_nvml(root)), times=5))[1:]
+    shelf = Shelf(state, Bounds(max_bytes=64 << 20, max_age_seconds=24 * KEEP_SECONDS))
+    shelf.take()
+    now, number = time.time(), int(KEEP_SECONDS / interval)
+    for back in range(number, 0, -1):
+        visit = seen[back % len(seen)]
+        entry = Entry(snapshot=in_new_time(visit, now - back * interval - visit.at), findings=())
+        shelf.write(entry, 1 + number - back, is_start=back == number)
+    shelf.close()
+
+
 def peer_program(peers: Path) -> str:
     """Return the other exporter, put into an environment of its own where it is not yet."""
     program = peers / "bin" / PEER
@@ -249,6 +270,7 @@ def main() -> int:
         drill = drill_of(PROFILE)
         world = World(drill, root)
         crowd(root, given.processes)
+        remember_an_hour(root, drill, folder / "state", given.interval)
         measured = subjects(given, folder, root, msgspec.json.encode(drill).decode())
         try:
             for subject in measured:
