@@ -180,9 +180,9 @@ class Tally(msgspec.Struct):
             if event.before_boot:
                 continue
             if isinstance(event, Xid):
-                _count(self.xids, (str(event.code), _label(event.pci_address)))
+                _count(self.xids, (str(event.code), _label(event.pci_address)), event.count)
             elif isinstance(event, Sxid):
-                _count(self.sxids, (str(event.code), _label(event.switch)))
+                _count(self.sxids, (str(event.code), _label(event.switch)), event.count)
             elif isinstance(event, OomKill):
                 self.oom_kills += 1
         self.stretches = {page.engine: self._stretch(page) for page in snapshot.metrics}
@@ -202,9 +202,9 @@ class Tally(msgspec.Struct):
         return max(0.0, stretch.until - stretch.since)
 
 
-def _count(counter: Counter[Labels], key: Labels) -> None:
+def _count(counter: Counter[Labels], key: Labels, number: int) -> None:
     if key in counter or len(counter) < COUNTED_MAX:
-        counter[key] += 1
+        counter[key] += number
 
 
 def families(report: Report | None, tally: Tally, own: Own) -> Iterator[Family]:

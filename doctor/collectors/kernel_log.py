@@ -99,19 +99,24 @@ class _Kmsg:
         self.shortfall = ""
         overwritten = 0
         while batch := list(self._batch()):
-            for number, record in batch:
-                if 0 <= self._last < number - 1:
-                    overwritten += number - self._last - 1
-                self._last = max(self._last, number)
-            yield b"".join(record for _, record in batch if self._every_facility or _of_kernel(record))
+            data = b""
+            for record in batch:
+                found = _NUMBER.match(record)
+                number = int(found[1]) if found else self._last + 1
+                if number > self._last:
+                    overwritten += number - self._last - 1 if self._last >= 0 else 0
+                    self._last = number if found else self._last
+                    data += record if self._every_facility or _of_kernel(record) else b""
+            yield data
             if overwritten:
                 self.shortfall = f"records that the kernel overwrote before they were read: {overwritten}"
+            if len(batch) < BATCH_RECORDS:
+                return
             if time.monotonic() > until:
                 self.shortfall = self.shortfall or LAGS
                 return
 
-    def _batch(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the next records with their numbers."""
+    def _batch(self) -> Iterator[bytes]:
         for _ in range(BATCH_RECORDS):
             try:
                 record = os.read(self._file, RECORD_BYTES)
@@ -123,10 +128,7 @@ class _Kmsg:
                 raise
             if not record:
                 return
-            found = _NUMBER.match(record)
-            number = int(found[1]) if found else self._last
-            if found is None or number > self._last:
-                yield number, record if record.endswith(b"\n") else record + b"\n"
+            yield record if record.endswith(b"\n") else record + b"\n"
 
     def close(self) -> None:
         os.close(self._file)

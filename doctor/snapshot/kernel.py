@@ -28,6 +28,8 @@ class Xid(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="xi
     """NVLink Xids: `fatal` or `non-fatal`, where the line tells."""
     link: int | None = None
     """NVLink Xids: the link, where the line tells one."""
+    count: int = 1
+    """Lines that it stands for: in a storm, those like it that were left out after it too."""
     before_boot: bool = False
     """It belongs to an earlier boot: history, not a symptom."""
 
@@ -44,6 +46,8 @@ class Sxid(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="s
     severity: str | None = None
     """`fatal`, `non-fatal`, or None where the line does not tell."""
     link: int | None = None
+    count: int = 1
+    """As in `Xid`."""
     before_boot: bool = False
 
 

@@ -109,10 +109,10 @@ class _Grouping:
         if mine is not None and _is_near(xid.at, self.events[mine].last_at):
             event = self.events[mine]
             last_at = event.last_at if xid.at is None else xid.at
-            self.events[mine] = msgspec.structs.replace(event, count=event.count + 1, last_at=last_at)
+            self.events[mine] = msgspec.structs.replace(event, count=event.count + xid.count, last_at=last_at)
         else:
             mine = len(self.events)
-            self.events.append(XidEvent(first=xid, last_at=xid.at))
+            self.events.append(XidEvent(first=xid, count=xid.count, last_at=xid.at))
         self._by_code[xid.pci_address, xid.code] = mine
         self._by_gpu[xid.pci_address] = mine, xid.at
         if xid.code != 45:
@@ -134,7 +134,7 @@ class _Grouping:
 
     def _shadow(self, cause: int, xid: Xid) -> None:
         event = self.events[cause]
-        self.events[cause] = msgspec.structs.replace(event, shadows=event.shadows + 1)
+        self.events[cause] = msgspec.structs.replace(event, shadows=event.shadows + xid.count)
         self._by_gpu[xid.pci_address] = self._last = cause, xid.at
 
 
