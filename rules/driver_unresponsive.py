@@ -83,8 +83,17 @@ def _silent_since(history: History) -> float:
 
 
 def _may_be_waking(history: History) -> bool:
-    """Whether this may be the driver's first start: NVML never answered before, and no engine keeps it awake."""
-    return not any(Source.NVML in s.seen or s.engines for s in history.snapshots)
+    """Whether this may be the driver's first start: no engine keeps it awake, and NVML never answered before.
+
+    Or the driver was unloaded, or its GPUs let go of, right before.
+    """
+    for snapshot in reversed(history.snapshots):
+        why = snapshot.why_unseen(Source.NVML)
+        if why is None or snapshot.engines:
+            return False
+        if why.why in (Why.NOT_ASKED, Why.NOT_PRESENT):
+            break
+    return True
 
 
 def _kernel(history: History) -> list[Evidence]:

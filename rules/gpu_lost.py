@@ -36,6 +36,8 @@ class Loss(msgspec.Struct, frozen=True):
     confidence: Confidence
     over: bool = False
     """NVML has read the GPU since: it came back, or was reset."""
+    unneeded: bool = False
+    """Nobody used it, and it left the PCI tree as well: somebody may have taken it out on purpose."""
 
 
 @rule(
@@ -141,7 +143,11 @@ def _missing(history: History) -> Iterator[Loss]:
     for address, at in _listed_before(history).items():
         if address not in listed and _is_ours(drivers.get(address, "nvidia")):
             text = f"NVML listed this GPU {latest.at - at:.0f} s ago and does not any more"
-            yield Loss(address, text, Evidence(Source.NVML.value, address, text), at, Confidence.MEDIUM)
+            unneeded = known(latest.host.pci_devices) and address not in drivers and not _was_used(history, address, at)
+            proof = Evidence(Source.NVML.value, address, text)
+            if unneeded:
+                text += "; nobody used it, and the PCI tree has it no more: it may have been taken out on purpose"
+            yield Loss(address, text, proof, at, Confidence.MEDIUM, unneeded=unneeded)
 
 
 def _is_ours(driver: Maybe[str]) -> bool:
@@ -154,6 +160,14 @@ def _listed_before(history: History) -> dict[str, float]:
     return {gpu.pci_address: s.at for s in history.snapshots[:-1] for gpu in s.gpus if known(gpu.pci_address)}
 
 
+def _was_used(history: History, pci_address: str, at: float) -> bool:
+    """Whether a process or an engine had the GPU when it was last listed, as far as was seen."""
+    last = next(s for s in reversed(history.snapshots) if s.at == at)
+    gpu = next(gpu for gpu in last.gpus if gpu.pci_address == pci_address)
+    ranks = {rank.gpu for engine in last.engines for rank in engine.ranks if known(rank.gpu)}
+    return not known(gpu.processes) or bool(gpu.processes) or gpu.uuid in ranks
+
+
 def _finding(history: History, losses: tuple[Loss, ...]) -> Finding:
     pci_address = losses[0].pci_address
     gpu = _gpu_at(history, pci_address)
@@ -163,12 +177,13 @@ def _finding(history: History, losses: tuple[Loss, ...]) -> Finding:
     words = list(dict.fromkeys(loss.words for loss in losses))[:2]
     rank = next((r.title for s in history.snapshots for e in s.engines for r in e.ranks if uuid and r.gpu == uuid), "")
     over = all(loss.over for loss in losses)
+    unneeded = all(loss.unneeded for loss in losses)
     state = "fell off the bus and answers again" if over else "is gone"
     return Finding(
         summary=f"{who} {state}: {' and '.join(words)}" + (f"; {rank} ran on it" if rank else ""),
         evidence=tuple(loss.evidence for loss in losses),
         confidence=max(loss.confidence for loss in losses),
-        severity=Severity.WARNING if over else None,
+        severity=Severity.WARNING if over else Severity.NOTICE if unneeded else None,
         subject=Subject(gpus=(uuid,) if uuid else (), engine=engine),
         since=min((loss.at for loss in losses if loss.at is not None), default=None),
         facts=dict(facts_of_gpu(gpu.index, pci_address, uuid)) if gpu else {"pci-address": pci_address},

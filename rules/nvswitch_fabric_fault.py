@@ -21,7 +21,8 @@ class Limits(msgspec.Struct, frozen=True):
     """How long the fabric may take."""
 
     grace_seconds: float = 300.0
-    """After boot the fabric manager configures the switches and the GPUs register; guess: five minutes."""
+    """After boot, or once a driver is loaded again, the fabric manager configures the switches and the GPUs register;
+    guess: five minutes."""
 
 
 class Trouble(msgspec.Struct, frozen=True):
@@ -92,7 +93,7 @@ def _switches_may_be_hidden(snapshot: Snapshot) -> bool:
 
 
 def _manager(history: History, limits: Limits) -> Iterator[Trouble]:
-    latest, manager, driver = history.latest, history.latest.fabric_manager, history.latest.stack.driver
+    manager, driver = history.latest.fabric_manager, history.latest.stack.driver
     unit = manager.unit_state
     mismatch = known(manager.version) and known(driver) and manager.version != driver
     if mismatch:
@@ -104,7 +105,7 @@ def _manager(history: History, limits: Limits) -> Iterator[Trouble]:
             Evidence(Source.FABRIC_MANAGER.value, "version", text),
             severity=Severity.WARNING if running else Severity.CRITICAL,
         )
-    if manager.running is False and not _just_booted(latest, limits):
+    if manager.running is False and not _just_started(history, limits):
         state = f"its unit is {unit}" if known(unit) else "it has no unit" if unit.why is Why.NOT_PRESENT else str(unit)
         proof = Evidence(Source.FABRIC_MANAGER.value, "nvidia-fabricmanager.service", f"no process; {state}")
         yield Trouble("the fabric manager is not running", proof)
@@ -146,14 +147,21 @@ def _manager_of_some_board(history: History) -> Iterator[Trouble]:
             )
 
 
-def _just_booted(snapshot: Snapshot, limits: Limits) -> bool:
-    booted_at = snapshot.node.booted_at
-    return known(booted_at) and snapshot.at - booted_at < limits.grace_seconds
+def _just_started(history: History, limits: Limits) -> bool:
+    """Whether the node has just booted, or there was no driver until just now: without one nothing of this can run."""
+    booted_at = history.latest.node.booted_at
+    booted = known(booted_at) and history.now - booted_at < limits.grace_seconds
+    return booted or any(_has_no_driver(visit) for visit in history.window(limits.grace_seconds))
+
+
+def _has_no_driver(snapshot: Snapshot) -> bool:
+    module = snapshot.host.driver_module
+    return isinstance(module, Absent) and module.why is Why.NOT_PRESENT
 
 
 def _registration(history: History, limits: Limits) -> Iterator[Trouble]:
     latest = history.latest
-    sick = {gpu.uuid: ill for gpu in latest.gpus if (ill := _ill(gpu, waits=not _just_booted(latest, limits)))}
+    sick = {gpu.uuid: ill for gpu in latest.gpus if (ill := _ill(gpu, waits=not _just_started(history, limits)))}
     if not sick:
         return
     where, text = next(iter(sick.values()))
