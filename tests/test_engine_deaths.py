@@ -8,7 +8,7 @@ import pytest
 
 from doctor.report import Report
 from doctor.rule import Confidence, Finding
-from doctor.snapshot import Engine, EngineEvent, HostMessage, OomKill, Rank, Snapshot, Source
+from doctor.snapshot import Engine, EngineEvent, EngineFlags, HostMessage, OomKill, Rank, Snapshot, Source
 from doctor.symptoms.engine_log import engine_logs
 from rules import RULES
 
@@ -114,6 +114,32 @@ def test_a_new_engine_that_serves_ends_what_the_old_one_died_of() -> None:
     visits = restarted(nodes.line("startup-complete", "Application startup complete.", number=250))
     assert "worker-killed" not in [f.finding.failure_mode for f in nodes.report(visits, RULES).findings]
     assert [log.engine for log in engine_logs(nodes.history(visits))] == [visits[-1].engines[0].id]
+
+
+def replaced(**changes: object) -> tuple[Snapshot, ...]:
+    """The same, and a new engine that writes another log, and serves."""
+    visits = restarted()
+    (new,) = visits[-1].engines
+    heir = msgspec.structs.replace(new, log="/var/log/other.log", **changes)
+    page = msgspec.structs.replace(nodes.healthy("hgx-h100-4")[0].metrics[0], engine=heir.id)
+    return (*visits[:-1], nodes.put(visits[-1], engines=(heir,), engine_events=(), metrics=(page,)))
+
+
+def test_an_engine_that_serves_in_the_place_of_the_dead_one_ends_that_incident() -> None:
+    assert "worker-killed" not in [f.finding.failure_mode for f in nodes.report(replaced(), RULES).findings]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"flags": EngineFlags(model="org/other", port=8000)},
+        {"started_at": 1.0},
+        {"visible_gpus": ("GPU-of-another-slot",)},
+    ],
+    ids=["another-model", "older", "other-gpus"],
+)
+def test_an_engine_beside_the_dead_one_ends_nothing(changes: dict[str, object]) -> None:
+    assert "worker-killed" in [f.finding.failure_mode for f in nodes.report(replaced(**changes), RULES).findings]
 
 
 def headless(*, visits: int = 5) -> tuple[Snapshot, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import msgspec
 
 from doctor.history import History, measured_once
-from doctor.snapshot import Engine, EngineEvent, HostMessage
+from doctor.snapshot import Engine, EngineEvent, HostMessage, known
 
 REPORTS_OF_DEATH = frozenset(
     {
@@ -160,7 +160,30 @@ def engine_logs(history: History) -> tuple[EngineLog, ...]:
         by_log.setdefault(event.log, []).append(event)
     writers = _writers(history)
     living = {engine.id for engine in history.latest.engines}
-    return tuple(_engine_log(log, events, writers.get(log, ()), living) for log, events in by_log.items())
+    logs = tuple(_engine_log(log, events, writers.get(log, ()), living) for log, events in by_log.items())
+    up = {log.engine for log in logs if log.serving} | {page.engine for page in history.latest.metrics}
+    heirs = [engine for engine in history.latest.engines if engine.id in up]
+    return tuple(
+        msgspec.structs.replace(log, incident=None) if _is_succeeded(log, writers.get(log.log, ()), heirs) else log
+        for log in logs
+    )
+
+
+def _is_succeeded(log: EngineLog, writers: tuple[Engine, ...], heirs: list[Engine]) -> bool:
+    """Whether an engine that was started after this log's incident, with another log, serves in the broken one's place."""
+    broken = next((engine for engine in writers if engine.id == log.engine), None)
+    if broken is None or log.incident is None or log.incident.at is None:
+        return False
+    since = log.incident.at
+    return any(heir.started_at > since and heir.log != log.log and _stands_for(heir, broken) for heir in heirs)
+
+
+def _stands_for(heir: Engine, engine: Engine) -> bool:
+    """Whether an engine serves the same model at the same port and, where they are known, on the same GPUs."""
+    flags, others = heir.flags, engine.flags
+    gpus = set(heir.visible_gpus) if known(heir.visible_gpus) else set[str]()
+    its = set(engine.visible_gpus) if known(engine.visible_gpus) else set[str]()
+    return (flags.model, flags.port) == (others.model, others.port) and not (gpus and its and gpus.isdisjoint(its))
 
 
 def _writers(history: History) -> dict[str, tuple[Engine, ...]]:
