@@ -1,8 +1,8 @@
 """A simulated NVML with switches, for tests that must not hang on a clock: files in a folder say what it does now.
 
 `hang`: no call returns while it is there. `status`: every call answers with the number in it. `slow`: every call takes so
-many seconds. `lost`: the GPUs, by index, that answer that they are lost. `gone`: those that there are not. `library`: the
-file that it was loaded from.
+many seconds. `lost`: the GPUs, by index, that answer that they are lost. `gone`: those that there are not.
+`mismatch`: it can't be opened. `library`: the file that it was loaded from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from doctor.simulation.nvml import GPU_IS_LOST, Library, _Device, _RefusalError
+from doctor.simulation.nvml import GPU_IS_LOST, LIB_RM_VERSION_MISMATCH, Library, _Device, _RefusalError
 from doctor.simulation.physics import Drill
 
 
@@ -45,6 +45,8 @@ class Switched(Library):
                 time.sleep(0.01)
             if (self._folder / "slow").exists():
                 time.sleep(float((self._folder / "slow").read_text()))
+            if name == "nvmlInitWithFlags" and (self._folder / "mismatch").exists():
+                return LIB_RM_VERSION_MISMATCH
             if (self._folder / "status").exists():
                 return int((self._folder / "status").read_text())
             return inner(*arguments)
@@ -56,6 +58,9 @@ class Switched(Library):
         if str(device.gpu) in self._told("lost"):
             raise _RefusalError(GPU_IS_LOST)
         return device
+
+    def _present(self) -> list[int]:
+        return [gpu for gpu in super()._present() if str(gpu) not in self._told("gone")]
 
     def _told(self, switch: str) -> list[str]:
         path = self._folder / switch

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
+import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import psutil
+import pynvml
 import pytest
 from daemons import await_true
 from hypothesis import given, settings
@@ -23,7 +28,7 @@ from doctor.collectors.nvml_words import fabric_faults
 from doctor.simulation import faults
 from doctor.simulation.physics import Drill
 from doctor.simulation.profiles import PROFILES
-from doctor.snapshot import Absent, Gpu, GpuPair, NvLink, Snapshot, Source, Why, Xid, known
+from doctor.snapshot import Absent, Gpu, GpuPair, Host, NvLink, PciDevice, Snapshot, Source, Why, Xid, known
 
 SINCE = Path(__file__).parent.parent.parent / "shared" / "reference" / "nvml-since.csv"
 PRODUCTS = Path(__file__).parent.parent.parent / "shared" / "reference" / "products.csv"
@@ -627,6 +632,166 @@ class TestSilence:
         assert reading.fields["gpus"][3].lost is True
         assert why(reading.fields["gpus"][3].links) is Why.NOT_ASKED
         assert reading.unseen == ()
+
+
+class TestRenewal:
+    """A child that has outlived its driver is replaced within the same visit."""
+
+    def test_a_driver_that_was_reloaded_is_seen_by_a_fresh_child(self, switched: Switched) -> None:
+        collector, switches = switched("l40s-4")
+        pid = collector.child_pid
+        (switches / "status").write_text(str(pynvml.NVML_ERROR_UNINITIALIZED))
+        assert "reloaded since NVML was opened" in unseen(collector).why.detail
+        (switches / "status").unlink()
+        assert len(gpus(collector)) == 4
+        assert collector.child_pid != pid
+
+    @pytest.mark.parametrize(
+        ("status", "reason"),
+        [
+            (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "no NVIDIA driver is loaded"),
+            (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "of different versions"),
+        ],
+    )
+    def test_a_driver_that_is_gone_is_one_reason_and_no_gpu(self, status: int, reason: str, switched: Switched) -> None:
+        collector, switches = switched("l40s-4")
+        (switches / "status").write_text(str(status))
+        for _ in range(2):
+            assert reason in unseen(collector).why.detail
+            assert collector.child_pid is None
+        (switches / "status").unlink()
+        assert len(gpus(collector)) == 4
+
+    def test_a_gpu_that_is_taken_out_and_put_back_is_followed_in_the_same_visit(self, switched: Switched) -> None:
+        collector, switches = switched("l40s-4")
+        uuids = [gpu.uuid for gpu in gpus(collector)]
+        (switches / "gone").write_text("1")
+        assert [gpu.uuid for gpu in gpus(collector)] == [uuids[0], *uuids[2:]]
+        assert [gpu.lost for gpu in gpus(collector)] == [False] * 3
+        (switches / "gone").unlink()
+        assert [gpu.uuid for gpu in gpus(collector)] == uuids
+
+    def test_the_drivers_own_list_tells_of_a_gpu_that_came_too(self, switched: Switched, tmp_path: Path) -> None:
+        root = tmp_path / "root"
+        for address in PROFILES["l40s-4"].pci_addresses[:3]:
+            (root / "proc/driver/nvidia/gpus" / address).mkdir(parents=True)
+        collector, _ = switched("l40s-4", root=root)
+        pid = collector.child_pid
+        (root / "proc/driver/nvidia/gpus" / PROFILES["l40s-4"].pci_addresses[3]).mkdir()
+        assert len(gpus(collector)) == 4
+        assert collector.child_pid != pid
+
+    def test_a_library_that_was_replaced_is_taken_where_it_goes_with_the_module(self, switched: Switched) -> None:
+        collector, switches = switched("l40s-4")
+        pid = collector.child_pid
+        assert len(gpus(collector)) == 4
+        assert collector.child_pid == pid
+        replace(switches / "library")
+        assert len(gpus(collector)) == 4
+        assert collector.child_pid not in {pid, None}
+        assert pid is not None
+        assert not Path(f"/proc/{pid}").exists()
+
+    def test_where_it_does_not_the_child_that_has_the_old_one_goes_on(self, switched: Switched) -> None:
+        """As after an unattended upgrade, until the node is rebooted."""
+        collector, switches = switched("l40s-4")
+        pid = collector.child_pid
+        replace(switches / "library")
+        (switches / "mismatch").touch()
+        for _ in range(3):
+            assert len(gpus(collector)) == 4
+            assert collector.child_pid == pid
+
+    def test_a_gpu_that_fell_off_the_bus_is_asked_again_once_it_was_seen_gone_and_back(
+        self, switched: Switched
+    ) -> None:
+        collector, _ = switched("l40s-4")
+        address = PROFILES["l40s-4"].pci_addresses[1]
+
+        def tree(*addresses: str) -> Snapshot:
+            devices = tuple(PciDevice(address=a, device_id="10de:26b9", kind="gpu", width=16) for a in addresses)
+            return Snapshot(at=time.time(), host=Host(pci_devices=devices))
+
+        heed(collector, xid(79, address, at=time.time() + 1))
+        collector.heed(tree(address))
+        assert gpus(collector)[1].lost is not False, "it was never seen gone: the driver's word stands"
+        collector.heed(tree())
+        assert gpus(collector)[1].lost is not False
+        collector.heed(tree(address))
+        assert [gpu.lost for gpu in gpus(collector)] == [False] * 4
+
+
+def replace(path: Path) -> None:
+    """Put another file in its place, as a package manager does."""
+    fresh = path.with_suffix(".new")
+    fresh.touch()
+    fresh.rename(path)
+
+
+READS = "import os, signal, time; os.read(0, 99); "
+CHAOS = {
+    "killed in the middle of its answer": READS + "os.write(1, bytes([0, 0, 1, 0]) + b'abc'); os.kill(os.getpid(), 9)",
+    "fell silent in the middle of its answer": READS + "os.write(1, bytes([0, 0, 1, 0]) + b'abc'); time.sleep(60)",
+    "was stopped (SIGSTOP)": READS + "os.kill(os.getpid(), signal.SIGSTOP)",
+    "bytes that are no answer": READS + "os.write(1, os.urandom(4096) + bytes([255] * 9)); time.sleep(60)",
+    "are no answer": READS + "os.write(1, bytes([127] * 4)); time.sleep(60)",
+    "ended with status 7": "raise SystemExit(7)",
+}
+"""What a child does, by what is told of it."""
+
+
+class TestChaos:
+    @pytest.mark.parametrize("told", CHAOS)
+    def test_a_child_gone_mad_is_one_absence(self, told: str) -> None:
+        collector = NvmlCollector(root=None, child=(sys.executable, "-SIc", CHAOS[told]), patience_seconds=20.0)
+        if "silent" in told or "stopped" in told:  # silence is known by its length alone
+            collector.deadline_seconds = 0.5 + FEED_MARGIN_SECONDS
+        try:
+            e = unseen(collector)
+            while e.why.why is Why.TIMED_OUT:  # it has yet to begin
+                e = unseen(collector)
+        finally:
+            collector.close()
+        assert e.why.why is Why.FAILED
+        assert told.replace("killed in the middle of its answer", "killed by SIGKILL") in e.why.detail
+        assert e.why.detail.endswith("the next visit starts a fresh one")
+        assert collector.child_pid is None
+
+    @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM])
+    def test_a_signal_from_somebody_costs_one_visit(self, number: int, switched: Switched) -> None:
+        collector, _ = switched("l40s-4")
+        assert collector.child_pid is not None
+        os.kill(collector.child_pid, number)
+        collector.deadline_seconds = 1.0 + FEED_MARGIN_SECONDS
+        unseen(collector)
+        assert len(seen_again(collector).fields["gpus"]) == 4
+
+    def test_no_descriptor_left_costs_the_visits_without_one(self, switched: Switched) -> None:
+        collector, _ = switched("l40s-4")
+        collector.let_go()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            for _ in range(3):
+                assert "can't be started: Too many open files" in unseen(collector).why.detail
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert len(gpus(collector)) == 4
+
+    def test_fifty_mad_children_leave_nothing_behind(self) -> None:
+        def held() -> tuple[int, int, int]:
+            children = psutil.Process().children(recursive=True)
+            return sum(1 for _ in Path("/proc/self/fd").iterdir()), threading.active_count(), len(children)
+
+        before = held()
+        for number, program in enumerate(itertools.islice(itertools.cycle(CHAOS.values()), 50)):
+            child = (sys.executable, "-SIc", program) if number % 10 else ("/nonexistent/python",)
+            collector = NvmlCollector(root=None, child=child, patience_seconds=0.1)
+            for _ in range(2):
+                with pytest.raises(CannotSeeError):
+                    look(collector)
+            collector.close()
+        assert held() == before
 
 
 def xid(code: int, pci_address: str, at: float | None) -> Xid:
