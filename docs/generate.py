@@ -1,6 +1,6 @@
 """Write what the documentation says about the code from the code: `make docs`.
 
-Tables of failure modes, metrics and the samples' scoring, the schema of the report, and the picture of a terminal in the README,
+Tables of failure modes, metrics and the samples' scoring, the schema of the report, alerts, the dashboard, and the picture of a terminal in the README,
 which is a real run on a simulated node.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import runpy
+import textwrap
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -38,6 +40,9 @@ def generated() -> Iterator[tuple[str, str]]:
     alerts = runpy.run_path(str(ROOT / "docs" / "alerts.py"))
     yield "packaging/prometheus/gpu-doctor.rules.yml", alerts["page"]()
     yield "packaging/prometheus/alertmanager-example.yml", alerts["alertmanager_page"]()
+    if find_spec("grafana_foundation_sdk"):  # which needs Python 3.11: elsewhere the file stays as it is
+        dashboard = runpy.run_path(str(ROOT / "docs" / "dashboard.py"))
+        yield "packaging/grafana/gpu-doctor.json", dashboard["page"]()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     yield "README.md", between_marks(readme, "failure modes", catalogue.rules_markdown(RULES, "rules/"))
 
@@ -49,6 +54,13 @@ def between_marks(text: str, name: str, content: str) -> str:
     _, found, tail = rest.partition(end)
     assert found, f"the marks of {name} are missing"
     return f"{head}{begin}\n{content}{end}{tail}"
+
+
+def prometheus_rule(alerts: str) -> str:
+    """Return the rules of a Prometheus as the Prometheus operator takes them."""
+    comments, groups, rest = alerts.partition("groups:\n")
+    head = "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: gpu-doctor\nspec:\n"
+    return comments + head + textwrap.indent(groups + rest, "  ")
 
 
 def metrics() -> str:

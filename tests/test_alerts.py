@@ -11,7 +11,7 @@ import runpy
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,16 +78,16 @@ def _healthy() -> Page:
     return page(last(HEALTHY[0]))
 
 
-def page(report: Report | None, **own: Any) -> Page:
-    """Return what is scraped of a daemon with this report; None: it has no fresh one."""
+def page(report: Report | None, *, read: Container[str] = READ, tally: Tally | None = None, **own: Any) -> Page:
+    """Return what is scraped of a daemon with this report; None: it has no fresh one. *read*: what matters of it."""
     own = {"version": "0.0.0", "started_at": 1.0, "web_config_loaded": True} | own
-    text = Writer(TEXT).page(families(report, Tally(), Own(**own))).decode()
+    text = Writer(TEXT).page(families(report, tally or Tally(), Own(**own))).decode()
     return Page(
         {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
             for family in text_string_to_metric_families(text)
             for sample in family.samples
-            if sample.name in READ
+            if sample.name in read
         }
     )
 
@@ -171,16 +171,14 @@ def at(minute: float, raised: Iterable[Raised], names: Iterable[str] = ALARMED) 
         yield {"eval_time": f"{minute * 60:.0f}s", "alertname": name, "exp_alerts": fires}
 
 
-def test(stories: dict[str, Sequence[Page | None]], **checks: list[dict[str, Any]]) -> dict[str, Any]:
+def group(stories: Mapping[str, Sequence[Page | None]], **checks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a part of promtool's file: nodes, and what is to be checked on them."""
     return {
         "interval": "1m",
         "external_labels": {"gpu_doctor_runbooks": RUNBOOKS},
         "input_series": [each for instance, story in stories.items() for each in series(instance, story)],
         **checks,
     }
-
-
-test.__test__ = False  # type: ignore[attr-defined] - a part of promtool's file
 
 
 def run(folder: Path, *tests: dict[str, Any]) -> None:
@@ -254,7 +252,7 @@ def test_alerts_fire_on_their_recordings_after_their_time_and_end(tmp_path: Path
                 GOES + KEPT_MINUTES[others[0].labels["severity"]]
             ) else []  # fmt: skip
             checks += at(minute, [*there, *theirs], names=(*FAMILIES, ALERTS["SITE"]))
-    run(tmp_path, test(stories, alert_rule_test=checks))
+    run(tmp_path, group(stories, alert_rule_test=checks))
 
 
 FLAPS = {"critical": "gpu-lost/fires-under-load", "warning": "cooling-insufficient/"}
@@ -285,7 +283,7 @@ def test_a_finding_that_comes_and_goes_is_one_alert_and_a_short_warning_none(tmp
         {"expr": 'count(count_over_time(ALERTS{instance="warning-once",alertstate="firing"}[30m]))', "eval_time": "29m",
          "exp_samples": []}
     )  # fmt: skip
-    run(tmp_path, test(stories, promql_expr_test=checks))
+    run(tmp_path, group(stories, promql_expr_test=checks))
 
 
 @rule("rack-door-open", "The rack's door is open", severity=Severity.CRITICAL, needs=(), limits=NoLimits())
@@ -359,7 +357,7 @@ def test_alerts_about_the_daemon_fire_after_their_time_and_end(tmp_path: Path) -
     checks += at(3, [], names=["GpuDoctorRestarting"])
     checks += at(39, [], names=["GpuDoctorRestarting"])
     checks += at(25, [], names=["GpuDoctorAbsent", "GpuDoctorVanished"])
-    run(tmp_path, test(stories, alert_rule_test=checks))
+    run(tmp_path, group(stories, alert_rule_test=checks))
 
 
 NOT_WATCHED = "the node is not watched."
@@ -505,7 +503,7 @@ def test_recordings_tell_of_a_fleet_what_the_reports_say(tmp_path: Path) -> None
         is_recorded(name := "job:gpu_doctor_targets:count", [
             {"labels": f'{name}{{job="gpu-doctor"}}', "value": len(stories)}]),
     ]  # fmt: skip
-    run(tmp_path, test(stories, promql_expr_test=checks))
+    run(tmp_path, group(stories, promql_expr_test=checks))
 
 
 FLEET_QUERY = re.compile(r"^\| `(.+?)` \|", re.MULTILINE)
@@ -531,4 +529,4 @@ def test_the_documented_queries_of_fleets_answer(tmp_path: Path) -> None:
         {"expr": f"count({query}) > bool 0", "eval_time": "19m", "exp_samples": [{"labels": "{}", "value": 1}]}
         for query in queries
     ]
-    run(tmp_path, test(stories, promql_expr_test=checks))
+    run(tmp_path, group(stories, promql_expr_test=checks))
