@@ -52,7 +52,7 @@ chroot "$mounted" python3 -c 'import ensurepip' 2>/dev/null ||
 buildah unmount "$container" >/dev/null
 buildah commit --quiet --rm "$container" "$base" >/dev/null
 
-step "build"
+step "build and run"
 # pip in the build trusts and asks whom this machine's pip does.
 pip_options=()
 if [ -n "${PIP_CERT:-}" ]; then
@@ -65,8 +65,15 @@ size() { podman image inspect --format '{{.Size}}' "$1"; }
 step "the image is $((($(size "$image") - $(size "$base")) / 1000000)) MB over its base"
 
 step "a simulated node"
-run --rm --network none "$image" check --simulate hgx-h100-8 >"$work/screen" || fail "check: $(cat "$work/screen")"
+run --rm --no-healthcheck --network none "$image" check --simulate hgx-h100-8 >"$work/screen" || fail "check: $(cat "$work/screen")"
 head -n 3 "$work/screen"
+
+step "without any right"
+run --rm --no-healthcheck --network none --cap-drop all --user 4711 "$image" check --simulate hgx-h100-8 --for 0 >"$work/screen" 2>&1 ||
+    fail "as another user: $(cat "$work/screen")"
+run --rm --no-healthcheck --network none --cap-drop all "$image" check --simulate hgx-h100-8 --for 0 >"$work/screen" 2>&1 ||
+    fail "as root: $(cat "$work/screen")"
+grep -q "stays root" "$work/screen" || fail "it does not say that it stays root"
 
 step "an engine in another container"
 cat >"$work/vllm" <<'PY'
@@ -83,9 +90,9 @@ engine=$(run --detach --network none --user 1234 --log-driver k8s-file --volume 
 step "the daemon, with the host's processes and files"
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 # As in docs/install.md, without what only a node with GPUs and docker has.
-doctor=$(run --detach --read-only --tmpfs /tmp --network host --pid host --cap-drop all --cap-add SETUID --cap-add SETGID \
-    --cap-add SYSLOG --cap-add SYS_PTRACE --cap-add DAC_READ_SEARCH --security-opt apparmor=unconfined \
-    --volume /:/host:ro --volume gpu-doctor-trial:/var/lib/gpu-doctor "$image" \
+doctor=$(run --detach --no-healthcheck --read-only --tmpfs /tmp --network host --pid host --cap-drop all --cap-add SETUID --cap-add SETGID \
+    --cap-add SYSLOG --cap-add SYS_PTRACE --cap-add DAC_READ_SEARCH --security-opt apparmor=unconfined --security-opt no-new-privileges \
+    --volume /:/host:ro,rslave --volume gpu-doctor-trial:/var/lib/gpu-doctor "$image" \
     daemon --root /host --state-dir /var/lib/gpu-doctor --interval 1 --listen "127.0.0.1:$port")
 await 60 "/metrics" metric '^gpu_doctor_build_info'
 pid=$(podman inspect --format '{{.State.Pid}}' "$doctor")
