@@ -19,12 +19,13 @@ from doctor.diagnose import watch
 from doctor.door.address import Address
 from doctor.door.server import Door
 from doctor.notify import service_manager
-from doctor.recorder.changes import Change, changes
+from doctor.recorder.changes import Change, SourceChange, SourcesTold, Told
 from doctor.recorder.flight import FlightRecorder
 from doctor.recorder.segment import Entry
+from doctor.report import ReportedFinding
 from doctor.rule import AnyRule
 from doctor.silence import Silence
-from doctor.snapshot import Snapshot, Source
+from doctor.snapshot import Snapshot, Source, Why
 from exporters.prometheus import Tally
 from exporters.wording import headline, plain, severity_of, silenced
 
@@ -60,7 +61,8 @@ def run(  # the one function that ties feed, path, page and log together
         optional=optional,
         web_config=web_config,
     )
-    before = next((entry.findings for entry in reversed(past) if entry.findings is not None), ())
+    told, sources_told = Told(), SourcesTold()
+    told.go_on(_found(past))
     try:
         with (
             _ended_by_signals(),
@@ -80,9 +82,10 @@ def run(  # the one function that ties feed, path, page and log together
             ):
                 tally.add(report)
                 door.show(report)
-                for change in changes(before, report.findings):
+                for lost in sources_told.after(report.snapshot):
+                    _tell_of_source(log, lost)
+                for change in told.after(report.findings):
                     _tell(log, change)
-                before = report.findings
                 if recorder:
                     counted = msgspec.msgpack.encode(tally)
                     recorder.keep(Entry(snapshot=report.snapshot, findings=report.findings, counted=counted))
@@ -110,6 +113,14 @@ def _handed_over(recorder: FlightRecorder | None) -> Iterator[Snapshot]:
         yield entries.pop().snapshot
 
 
+def _found(past: Sequence[Entry]) -> Iterator[Sequence[ReportedFinding]]:
+    """Yield what each visit found."""
+    findings: Sequence[ReportedFinding] = ()
+    for entry in past:
+        findings = findings if entry.findings is None else entry.findings
+        yield findings
+
+
 def _tally_of(counted: bytes) -> Tally:
     """Return the counters as they were recorded; another version's that don't fit begin anew."""
     try:
@@ -133,6 +144,15 @@ def _tell(log: Any, change: Change) -> None:
         event["silenced"] = silenced(change.finding.silence)
     tell = log.info if change.what == "cleared" or "silenced" in event else log.warning
     tell(f"finding {change.what}", **event)
+
+
+def _tell_of_source(log: Any, change: SourceChange) -> None:
+    if change.why is None:
+        log.info("source seen again", source=change.source.value)
+    elif change.why.why is Why.NOT_PRESENT:
+        log.info("source not present", source=change.source.value, why=plain(str(change.why)))
+    else:
+        log.warning("source unseen", source=change.source.value, why=plain(str(change.why)))
 
 
 def _log() -> Any:

@@ -9,9 +9,10 @@ import pytest
 import reports
 from daemons import PROGRAM, await_true, running
 
-from doctor.recorder.changes import Change, changes
+from doctor.recorder.changes import Change, SourcesTold, Told, changes
 from doctor.report import ReportedFinding
 from doctor.rule import Confidence, Severity
+from doctor.snapshot import Absent, Snapshot, Source, Unseen, Why
 
 
 def test_the_log_tells_what_appears_changes_and_clears_and_nothing_twice() -> None:
@@ -69,3 +70,67 @@ def test_findings_about_two_gpus_are_not_mistaken_for_each_other() -> None:
     other = altered(reports.LOST, subject=msgspec.structs.replace(subject, gpus=(reports.uuid(3),)))
     assert list(changes((LOST, other), (other, LOST))) == []
     assert list(changes((LOST, other), (other,))) == [Change("cleared", LOST)]
+
+
+def flapping(*findings: ReportedFinding) -> list[str]:
+    """Return what is told of 200 visits that find each of these by turns, or nothing."""
+    told = Told()
+    return [change.what for number in range(200) for change in told.after(findings[number % len(findings) :][:1])]
+
+
+def test_a_finding_that_flaps_is_told_once() -> None:
+    assert flapping(LOST, LOST, reported(reports.TIMEOUT)) == ["appeared", "appeared"]
+    told = Told()
+    visits = [(LOST,), (LOST,), (), ()] * 50
+    assert [change.what for visit in visits for change in told.after(visit)] == ["appeared"]
+    assert [change.what for _ in range(200) for change in told.after(())] == ["cleared"]
+
+
+def test_a_finding_whose_values_flap_is_told_once_and_when_it_gets_worse() -> None:
+    warning, unsure = altered(reports.LOST, severity=Severity.WARNING), altered(reports.LOST, confidence=Confidence.LOW)
+    assert flapping(LOST, altered(reports.LOST, summary="another number")) == ["appeared"]
+    assert flapping(LOST, warning) == ["appeared"]
+    assert flapping(warning, LOST) == ["appeared", "changed"]
+    assert flapping(LOST, unsure, warning) == ["appeared"]
+
+
+def test_a_finding_that_has_got_better_is_told_when_that_lasts() -> None:
+    told = Told()
+    warning = altered(reports.LOST, severity=Severity.WARNING)
+    visits = [(LOST,), (warning,), (LOST,), (warning,), (warning,), (warning,), (warning,)]
+    assert [[change.what for change in told.after(visit)] for visit in visits] == [
+        ["appeared"], [], [], [], [], ["changed"], [],
+    ]  # fmt: skip
+
+
+def test_the_gpus_of_a_finding_are_told_as_they_come() -> None:
+    def with_gpus(*indices: int) -> ReportedFinding:
+        return altered(
+            reports.LOST,
+            subject=msgspec.structs.replace(reports.LOST.subject, gpus=tuple(reports.uuid(i) for i in indices)),
+        )
+
+    told = Told()
+    visits = [with_gpus(2), with_gpus(2, 3), with_gpus(2), with_gpus(2, 3), with_gpus(1, 2), with_gpus(2)] * 30
+    assert [change.what for visit in visits for change in told.after((visit,))] == ["appeared", "changed", "changed"]
+
+
+def test_what_was_told_before_a_restart_is_not_told_again_and_what_cleared_meanwhile_is() -> None:
+    told = Told()
+    told.go_on([(), (LOST,), (LOST,), ()])
+    assert list(told.after((LOST,))) == []
+    told.go_on([(), ()])
+    assert [change.what for change in told.after(())] == ["cleared"]
+
+
+def test_a_source_that_fails_is_told_once_a_change() -> None:
+    def visit(*unseen: tuple[Source, Why]) -> Snapshot:
+        sources = tuple(Unseen(source, Absent(why, f"for {len(unseen)} s")) for source, why in unseen)
+        return Snapshot(at=0.0, seen=(Source.NVML,) if not unseen else (), unseen=sources)
+
+    told = SourcesTold()
+    failed, denied = visit((Source.NVML, Why.FAILED)), visit((Source.NVML, Why.NO_PERMISSION))
+    visits = [visit(), *[failed] * 100, visit(), failed, visit(), *[denied] * 50, *[visit()] * 50]
+    assert [change.why and change.why.why for each in visits for change in told.after(each)] == [
+        Why.FAILED, Why.NO_PERMISSION, None,
+    ]  # fmt: skip

@@ -19,6 +19,7 @@ from doctor import daemon
 from doctor.collectors.redaction import snapshot_without_secrets
 from doctor.diagnose import watch
 from doctor.feeds import evidence, live, recording
+from doctor.recorder.changes import SourcesTold, changes
 from doctor.report import Report
 from doctor.snapshot import Absent, EngineEvent, EngineMetrics, Snapshot, Source, Unseen, Why
 from exporters import console, html, markdown, nagios
@@ -101,7 +102,9 @@ def logged(report: Report) -> str:
     """Return what the daemon logs of a report's findings."""
     out = io.StringIO()
     log = structlog.wrap_logger(structlog.PrintLogger(out), processors=[structlog.processors.JSONRenderer()])
-    for change in daemon.changes((), report.findings):
+    for lost in SourcesTold().after(report.snapshot):
+        daemon._tell_of_source(log, lost)
+    for change in changes((), report.findings):
         daemon._tell(log, change)
     return out.getvalue()
 

@@ -1,13 +1,18 @@
-"""What is different between the findings of two visits: each finding that came, changed or went is told once."""
+"""What is different between visits: each finding that came, changed or went, and each source that was lost or came back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import msgspec
 
 from doctor.report import ReportedFinding
+from doctor.snapshot import Absent, Snapshot, Source, Why
+
+CALM_VISITS = 3
+"""A finding is gone, or better than it was, when this many visits in a row say so. guess: a value at its limit crosses
+it at most of them, and one visit may be blind."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -49,3 +54,99 @@ def _may_be_the_same(one: ReportedFinding, other: ReportedFinding) -> bool:
 def _character(reported: ReportedFinding) -> tuple[object, ...]:
     finding = reported.finding
     return (finding.severity, finding.confidence, finding.subject, reported.caused_by, reported.silence)
+
+
+class Told:
+    """What was told of the findings: each that comes, gets worse, changes or goes is told once, however it flaps.
+
+    What is new or worse is told at once; what is gone or otherwise different when it has lasted for `CALM_VISITS`.
+    """
+
+    def __init__(self) -> None:
+        self._told: list[_Telling] = []
+
+    def go_on(self, findings: Iterable[Sequence[ReportedFinding]]) -> None:
+        """Take for told what the visits of an earlier life of the daemon found."""
+        for of_visit in findings:
+            for _ in self.after(of_visit):
+                pass
+
+    def after(self, findings: Sequence[ReportedFinding]) -> Iterator[Change]:
+        """Yield what is to be told after a visit that found these."""
+        left = list(self._told)
+        for now in findings:
+            telling = next((old for old in left if _same_subject(old.latest, now)), None)
+            telling = telling or next((old for old in left if _may_be_the_same(old.latest, now)), None)
+            if telling is None:
+                self._told.append(_Telling(now))
+                yield Change("appeared", now)
+                continue
+            left.remove(telling)
+            if telling.changed_to(now):
+                yield Change("changed", now)
+        for telling in left:
+            telling.absent += 1
+            if telling.absent >= CALM_VISITS:
+                self._told.remove(telling)
+                yield Change("cleared", telling.latest)
+
+
+class _Telling:
+    """A finding that was told."""
+
+    def __init__(self, finding: ReportedFinding) -> None:
+        self.latest = finding
+        """As the last visit that had it saw it."""
+        self.absent = 0
+        """Visits in a row that did not see it."""
+        self._told = finding
+        self._gpus = set(finding.finding.subject.gpus)
+        """All that were told to be concerned."""
+        self._alike = 0
+        """Visits in a row that saw it as it is now, and not as it was told."""
+
+    def changed_to(self, now: ReportedFinding) -> bool:
+        """Take note of how it is now, and return whether that is to be told."""
+        self._alike = self._alike + 1 if _character(now) == _character(self.latest) else 1
+        self.latest, self.absent = now, 0
+        if _character(now) == _character(self._told):
+            return False
+        worse = (now.finding.severity or 0) > (self._told.finding.severity or 0)
+        further = not self._gpus.issuperset(now.finding.subject.gpus)
+        if not (worse or further or self._alike >= CALM_VISITS):
+            return False
+        self._told = now
+        self._gpus.update(now.finding.subject.gpus)
+        return True
+
+
+class SourceChange(msgspec.Struct, frozen=True):
+    """A source that can't be seen any more, for another reason than before, or again."""
+
+    source: Source
+    why: Absent | None
+    """None: it is seen."""
+
+
+class SourcesTold:
+    """What was told of the sources; one that is lost is told at once, one that is seen when that has lasted."""
+
+    def __init__(self) -> None:
+        self._unseen: dict[Source, Why] = {}
+        self._seen: dict[Source, int] = {}
+        """Visits in a row that saw it again."""
+
+    def after(self, snapshot: Snapshot) -> Iterator[SourceChange]:
+        """Yield what is to be told after a visit."""
+        for source in Source:
+            why = snapshot.why_unseen(source)
+            if why is not None and why.why is not Why.NOT_ASKED:
+                self._seen.pop(source, None)
+                if self._unseen.get(source) is not why.why:
+                    self._unseen[source] = why.why
+                    yield SourceChange(source, why)
+            elif source in self._unseen:
+                self._seen[source] = self._seen.get(source, 0) + 1
+                if self._seen[source] >= CALM_VISITS:
+                    del self._unseen[source], self._seen[source]
+                    yield SourceChange(source, None)
