@@ -247,10 +247,16 @@ def _found(every: Iterable[Process]) -> list[_Found]:
             kinds[process.pid] = kind or "vllm"
 
     def below(process: Process) -> Iterator[Process]:
-        for child in sorted(children.get(process.pid, ()), key=lambda p: p.pid):
-            if child.pid != process.pid:
-                yield child
-                yield from below(child)
+        """Yield the descendants; while /proc is read, numbers are given anew, so that one may seem its own ancestor."""
+        seen = {process.pid}
+        waiting = [process]
+        while waiting:
+            parent = waiting.pop()
+            if parent is not process:
+                yield parent
+            new = [child for child in children.get(parent.pid, ()) if child.pid not in seen]
+            seen.update(child.pid for child in new)
+            waiting += sorted(new, key=lambda child: child.pid, reverse=True)
 
     found: list[_Found] = []
     for pid, kind in sorted(kinds.items()):
@@ -406,6 +412,8 @@ class Processes:
             why = Absent(Why.NO_PERMISSION, "/proc is mounted with hidepid: run as root to see other users' processes")
             unseen.append(Unseen(self.source, why, "processes of other users"))
         engines = tuple(self._engine(each, unseen) for each in found)
+        there = {(engine.pid, engine.started_at) for engine in engines}
+        self._environments = {key: told for key, told in self._environments.items() if key in there}
         return Reading(fields={"engines": engines}, unseen=tuple(unseen))
 
     def _processes(self) -> Iterator[Process]:
