@@ -154,7 +154,7 @@ class _Stretch(msgspec.Struct, frozen=True):
 
 
 class Tally(msgspec.Struct):
-    """What the daemon counted since it started: events, which a report shows only once."""
+    """What the daemon counted, this one and those before whose recording it goes on with: events, told only once."""
 
     visits: int = 0
     nccl_timeouts: int | None = None
@@ -185,14 +185,15 @@ class Tally(msgspec.Struct):
                 _count(self.sxids, (str(event.code), _label(event.switch)), event.count)
             elif isinstance(event, OomKill):
                 self.oom_kills += 1
-        self.stretches = {page.engine: self._stretch(page) for page in snapshot.metrics}
+        self.stretches = {page.engine: self._stretch(page, snapshot.clock_stepped_seconds) for page in snapshot.metrics}
 
-    def _stretch(self, page: EngineMetrics) -> _Stretch:
+    def _stretch(self, page: EngineMetrics, clock_stepped_seconds: float) -> _Stretch:
         work = (page.steps_total, page.generation_tokens_total, page.prompt_tokens_total)
         before = self.stretches.get(page.engine)
         busy = known(page.running) and page.running > 0
         still = before is not None and busy and work == before.work
-        return _Stretch(work, before.since if before is not None and still else page.at, page.at)
+        since = before.since + clock_stepped_seconds if before is not None and still else page.at
+        return _Stretch(work, since, page.at)
 
     def stall_seconds(self, engine: str) -> float | None:
         """Return how long an engine has run requests without a step; None where its counters are not seen."""
@@ -268,30 +269,34 @@ def _of_the_daemon(own: Own) -> Iterator[Family]:
 
 
 def _of_the_tally(tally: Tally) -> Iterator[Family]:
-    yield _single("visits_total", "Visits since the daemon started.", tally.visits)
+    yield _single("visits_total", "Visits; the flight recorder keeps the count over restarts.", tally.visits)
     yield _single(
         "nccl_timeouts_total",
-        "Lines of the NCCL watchdog about a collective that timed out, read since the daemon started.",
+        "Lines of the NCCL watchdog about a collective that timed out; the flight recorder keeps the count over restarts.",
         tally.nccl_timeouts,
     )
     yield Family(
         "gpu_doctor_xids_total",
-        "Xid lines of the kernel log, read since the daemon started; those of an earlier boot are left out.",
+        "Xid lines of the kernel log, those of an earlier boot left out; the flight recorder keeps the count over restarts.",
         ("xid", "pci_address"),
         _counted(tally.xids),
     )
     yield Family(
         "gpu_doctor_sxids_total",
-        "SXid lines (NVSwitch) of the kernel log, read since the daemon started; not those of an earlier boot.",
+        "SXid lines (NVSwitch) of the kernel log, those of an earlier boot left out; the flight recorder keeps the count over restarts.",
         ("sxid", "switch"),
         _counted(tally.sxids),
     )
     yield _single(
         "oom_kills_total",
-        "Processes that the kernel's out-of-memory killer took, read in its log since the daemon started.",
+        "Processes that the kernel's out-of-memory killer took, as its log tells; the flight recorder keeps the count over restarts.",
         tally.oom_kills,
     )
-    yield _single("engine_log_lines_total", "Lines of engines' logs, read since the daemon started.", tally.log_lines)
+    yield _single(
+        "engine_log_lines_total",
+        "Lines of engines' logs that were read; the flight recorder keeps the count over restarts.",
+        tally.log_lines,
+    )
     yield _single(
         "engine_log_lines_dropped_total",
         "Lines of engines' logs that matter and were counted only, because a visit brought too many.",
@@ -358,15 +363,16 @@ def _of_the_collectors(snapshot: Snapshot) -> Iterator[Family]:
     )
     yield Family(
         "gpu_doctor_collector_duration_seconds",
-        "How long the collector took at the last visit.",
+        "How long the collector took when it last read its source.",
         ("collector",),
         {labels: run.duration_seconds for labels, run in runs.items()},
     )
     yield Family(
         "gpu_doctor_collector_age_seconds",
-        "How old the collector's values were at the last visit.",
+        "How long before the last visit the collector read what was told there; 0: for that visit. Absent where it saw "
+        "nothing.",
         ("collector",),
-        {labels: run.age_seconds for labels, run in runs.items()},
+        {labels: run.age_seconds for labels, run in runs.items() if run.succeeded},
     )
     unseen = Counter((u.source.value, u.why.why.value) for u in snapshot.unseen)
     yield Family(

@@ -295,8 +295,9 @@ class _Crew:
         step = (at - before[0]) - (now - before[1])
         if abs(step) < STEP_SECONDS and at >= before[0]:
             return 0.0
+        step = round(step, 1)  # whole tenths: power is laid over each other in tenths
         self._stepped += step
-        return round(step, 3)
+        return step
 
     def _with_names(self, answer: _Answer) -> _Answer:
         """Return the answer with the names that its engines had before the clock was set: their starts moved with it."""
