@@ -129,6 +129,12 @@ def test_an_engine_that_serves_in_the_place_of_the_dead_one_ends_that_incident()
     assert "worker-killed" not in [f.finding.failure_mode for f in nodes.report(replaced(), RULES).findings]
 
 
+def test_an_incident_that_was_over_does_not_come_back_with_the_next() -> None:
+    visits = replaced()
+    later = nodes.put(nodes.without_engine(visits[-1]), at=visits[-1].at + 15)
+    assert "worker-killed" not in [f.finding.failure_mode for f in nodes.report((*visits, later), RULES).findings]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

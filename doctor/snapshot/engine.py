@@ -187,7 +187,12 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def is_left_over(self) -> bool:
-        """Whether its server is gone: what is left of a vLLM is known by its title alone, `VLLM::EngineCore`."""
+        """Whether its server is gone: what is left of a vLLM is known by its title alone, `VLLM::EngineCore`.
+
+        While it ends it has not even that, and is known by the kernel's name for it; one of pasted evidence never had.
+        """
+        if not self.command_line:
+            return self.started_at > 0
         return len(self.command_line) == 1 and "::" in self.command_line[0]
 
 

@@ -161,16 +161,22 @@ def engine_logs(history: History) -> tuple[EngineLog, ...]:
     writers = _writers(history)
     living = {engine.id for engine in history.latest.engines}
     logs = tuple(_engine_log(log, events, writers.get(log, ()), living) for log, events in by_log.items())
-    up = {log.engine for log in logs if log.serving} | {page.engine for page in history.latest.metrics}
-    heirs = [engine for engine in history.latest.engines if engine.id in up]
+    heirs = _that_came_up(history, logs)
     return tuple(
         msgspec.structs.replace(log, incident=None) if _is_succeeded(log, writers.get(log.log, ()), heirs) else log
         for log in logs
     )
 
 
-def _is_succeeded(log: EngineLog, writers: tuple[Engine, ...], heirs: list[Engine]) -> bool:
-    """Whether an engine that was started after this log's incident, with another log, serves in the broken one's place."""
+def _that_came_up(history: History, logs: tuple[EngineLog, ...]) -> tuple[Engine, ...]:
+    """Return the engines that served at some time: their page was there, or their log says so."""
+    up = {log.engine for log in logs if log.serving}
+    up |= {page.engine for snapshot in history.snapshots for page in snapshot.metrics}
+    return tuple({e.id: e for s in history.snapshots for e in s.engines if e.id in up and not e.is_left_over}.values())
+
+
+def _is_succeeded(log: EngineLog, writers: tuple[Engine, ...], heirs: tuple[Engine, ...]) -> bool:
+    """Whether an engine that was started after this log's incident, with another log, served in the broken one's place."""
     broken = next((engine for engine in writers if engine.id == log.engine), None)
     if broken is None or log.incident is None or log.incident.at is None:
         return False

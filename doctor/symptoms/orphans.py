@@ -28,7 +28,7 @@ def orphans(history: History, settle_seconds: float) -> tuple[Orphans, ...]:
     """
     by_server: dict[str, Orphans] = {}
     for core in history.latest.engines:
-        if not core.is_left_over or not any(title in core.command_line[0] for title in CORES):
+        if not (core.is_left_over and any(title in word for title in CORES for word in core.command_line)):
             continue
         server, since = _server_of(core, history)
         if server is None or since == history.now or history.now - since < settle_seconds:
