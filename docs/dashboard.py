@@ -399,6 +399,8 @@ def _built(panel: Panel) -> Any:
 def _lines(panel: Panel) -> Any:
     made = timeseries.Panel().fill_opacity(5).line_width(1).show_points(common.VisibilityMode.NEVER)
     made.tooltip(common_builders.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI))
+    legend = common_builders.VizLegendOptions().show_legend(True).placement(common.LegendPlacement.BOTTOM)
+    made.legend(legend.display_mode(common.LegendDisplayMode.LIST))
     if panel.least is not None:
         made.min(panel.least)
     if panel.most is not None:
