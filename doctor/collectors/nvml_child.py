@@ -241,6 +241,25 @@ class FabricInfo(ctypes.Structure):
     )
 
 
+class FieldOfGpu:
+    """One field of one GPU that is asked for ten times a second: the question is made once, not anew each time."""
+
+    def __init__(self, handle: Any, field: int) -> None:
+        self._handle = handle
+        self._field = field
+        self._values: Any = (pynvml.c_nvmlFieldValue_t * 1)()
+        self._values[0].fieldId = field
+        self._arguments = (handle, ctypes.c_int32(1), ctypes.byref(self._values))
+        self._function = getattr(pynvml.nvmlLib, "nvmlDeviceGetFieldValues", None)
+
+    def value(self) -> Maybe[float]:
+        """Return it, or why there is none. Raises as `ask` does."""
+        if self._function is None or self._function(*self._arguments) != OK:
+            return field_values(self._handle, [self._field])[0]  # the binding has the words for it
+        _, _, _, _, kind, status, bits = FIELD_VALUE.unpack_from(self._values)
+        return field_value(kind, status, bits)
+
+
 class Device:
     """One GPU: its handle, what never changes of it, and what is kept between visits."""
 
@@ -257,6 +276,7 @@ class Device:
         self._gpm_samples: tuple[Any, Any] | None = None
         self._gpm_at = -math.inf
         self._gpm_request = gpm_request()
+        self._instant_power = FieldOfGpu(handle, POWER_INSTANT)
         self._mig_before: Maybe[bool] = NOT_SUPPORTED
         uuid = ask("nvmlDeviceGetUUID", handle)
         self.uuid: str = f"index:{index}" if isinstance(uuid, Absent) else uuid
@@ -338,7 +358,7 @@ class Device:
 
     def instant_watts(self) -> Maybe[float]:
         """Return instant power, where there is such a thing. Raises GpuIsLostError."""
-        value = field_values(self.handle, [POWER_INSTANT])[0]
+        value = self._instant_power.value()
         if isinstance(value, Absent) and self._instant_by_usage:
             value = cast("Maybe[float]", self._ask("nvmlDeviceGetPowerUsage"))
         return scaled(value, 1e-3)
@@ -679,7 +699,7 @@ class Nvml:
             raise CannotStartError(NO_DEVICE_NODE if answer.why is Why.NO_PERMISSION else answer)
         self._opened_on = self._driver_side()
         self._library = library_file()
-        self._epoch = math.nan
+        self._epoch = 0
         self._devices: dict[int, Device] = {}
         self._ancestors: dict[tuple[str, str], Maybe[str]] = {}
         self._left_alone: frozenset[str] = frozenset()
@@ -699,6 +719,7 @@ class Nvml:
         count = self._opened_on[0]
         if isinstance(count, Absent):
             raise CannotStartError(count)
+        self._epoch = epoch_after(self._epoch, (time.time() - time.monotonic()) / SAMPLE_SECONDS)
         closed = self._must_not_open(count)
         gpus = tuple(self._gpu(index, index in closed) for index in range(count))
         return Answer(
@@ -743,16 +764,6 @@ class Nvml:
             addresses = []
         return count, version, tuple(addresses)
 
-    def _samples_epoch(self) -> int:
-        """Return the tenth of a second of Unix time at which the monotonic clock's began.
-
-        It moves when the wall clock is set, and not because that runs a little faster: tenths would be told twice.
-        """
-        epoch = (time.time() - time.monotonic()) / SAMPLE_SECONDS
-        if not abs(epoch - self._epoch) <= 0.75:
-            self._epoch = round(epoch)
-        return int(self._epoch)
-
     def _must_not_open(self, count: int) -> set[int]:
         """Return the indices of the GPUs that a fresh child must leave alone: to take their handle is to wake them.
 
@@ -779,7 +790,7 @@ class Nvml:
                 if isinstance(handle, Absent):
                     return self._gone(index, handle, handle)
                 device = self._devices[index] = Device(handle, index)
-            gpu = device.visit(self._samples_epoch())
+            gpu = device.visit(self._epoch)
         except GpuIsLostError:
             self._lost.add(index)
             return self._gone(index, LOST, lost=True)
@@ -837,6 +848,14 @@ class Nvml:
 def tenth_at(moment: float) -> int:
     """Return the tenth of a second that a moment of the monotonic clock is nearest to."""
     return round(moment / SAMPLE_SECONDS)
+
+
+def epoch_after(before: int, epoch: float) -> int:
+    """Return the tenth of a second of Unix time at which the monotonic clock's began, which is *epoch* exactly.
+
+    It moves when the wall clock is set, and not because that runs a little faster: tenths would be told twice.
+    """
+    return before if abs(epoch - before) <= 0.75 else round(epoch)
 
 
 def next_sample_at(began: float, ended: float) -> float:
