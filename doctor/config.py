@@ -30,7 +30,7 @@ class EngineSite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[engine]`: what the search for engines can't find out by itself."""
 
     logs: tuple[str, ...] = ()
-    """Paths of engine logs, or `journal:UNIT`."""
+    """Paths of engine logs, `journal:UNIT`, or `journal:FIELD=value` with a field of systemd.journal-fields(7)."""
     metrics: tuple[str, ...] = ()
     """URLs of engines' metrics pages."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import shutil
 import stat
 import time
 import zoneinfo
@@ -42,6 +43,9 @@ CONTAINER_LOGS = (
 """Docker's json-file driver; Podman's k8s-file driver."""
 
 _POD = re.compile(r"pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12})")
+
+_FIELD = re.compile(r"[A-Z_][A-Z0-9_]*=")
+"""systemd.journal-fields(7)."""
 
 _CURSOR = re.compile(rb"^-- cursor: (\S+)\s*$", re.MULTILINE)
 
@@ -145,15 +149,16 @@ def _state_of(path: Path) -> os.stat_result | None:
 
 
 class _JournalLog:
-    """A systemd unit's lines in the journal."""
+    """The lines of a systemd unit in the journal, or those of which a field says something (`CONTAINER_NAME=vllm`)."""
 
     behind_bytes = 0
 
-    def __init__(self, unit: str, directory: Path | None, patterns: Sequence[LogPattern], cursor: str) -> None:
-        self.name = f"journal:{unit}"
+    def __init__(self, whose: str, directory: Path | None, patterns: Sequence[LogPattern], cursor: str) -> None:
+        self.name = f"journal:{whose}"
         self._reader = LogReader(self.name, patterns=patterns)  # journalctl is asked for UTC
         self._arguments = ["journalctl", "--quiet", "--no-pager", "--utc", "--output=short", "--show-cursor"]
-        self._arguments += [f"--unit={unit}"] + ([f"--directory={directory}"] if directory else [])
+        self._arguments += [whose if _FIELD.match(whose) else f"--unit={whose}"]
+        self._arguments += [f"--directory={directory}"] if directory else []
         self._cursor: str | None = cursor or None
 
     def read(self, at: float, seconds: float) -> LogReading:  # noqa: ARG002 - the protocol's
@@ -164,9 +169,9 @@ class _JournalLog:
             self._cursor = cursor[1].decode("ascii", "replace")
             answer = answer[: cursor.start()]
         elif self._cursor is None:
-            raise CannotSeeError(
-                Absent(Why.NO_PERMISSION, f"{self.name} shows no line: run as root or add the user to systemd-journal")
-            )
+            remedy = REMEDY if os.geteuid() == 0 else "run as root or add the user to systemd-journal"
+            why = Why.NOT_PRESENT if os.geteuid() == 0 else Why.NO_PERMISSION
+            raise CannotSeeError(Absent(why, f"{self.name} shows no line: {remedy}"))
         self._reader.feed(answer, at)
         return self._reader.take()
 
@@ -195,8 +200,8 @@ def _one(readings: list[LogReading]) -> LogReading:
 class EngineLogs:
     """The logs of the engines that run or ran here.
 
-    *logs*: paths, or `journal:UNIT`, that the site names; they are read whether an engine runs or not. *patterns*: of
-    lines that the site wants kept. *positions*: where an earlier life of the program stopped.
+    *logs*: paths, `journal:UNIT` or `journal:FIELD=value`, that the site names; they are read whether an engine runs or
+    not. *patterns*: of lines that the site wants kept. *positions*: where an earlier life of the program stopped.
     """
 
     source = Source.ENGINE_LOG
@@ -284,10 +289,15 @@ class EngineLogs:
                 path, offset = files.within(self.root, name), utc_offset_seconds(self.root, None, at)
                 yield _FileLog(name, name, path, offset, patterns=self.patterns, places=self._places())
 
-    def _journal(self, unit: str) -> _JournalLog:
+    def _journal(self, whose: str, wanted: Sequence[_Log] = ()) -> _Log:
+        """Return the log of these lines of the journal, the one that is held already where there is one."""
+        name = f"journal:{whose}"
+        held = next((log for log in (*wanted, *self._followed) if log.name == name), None)
+        if held is not None:
+            return held
         directory = None if self.root == Path("/") else self.root / "var/log/journal"
-        cursor = next((p.place for p in self._positions if p.of == f"journal:{unit}"), "")
-        return _JournalLog(unit, directory, self.patterns, cursor)
+        cursor = next((position.place for position in self._positions if position.of == name), "")
+        return _JournalLog(whose, directory, self.patterns, cursor)
 
     def _places(self) -> list[str]:
         return [position.place for position in self._positions]
@@ -303,11 +313,11 @@ class EngineLogs:
         # systemd gives a unit a socket to the journal; any other output leads elsewhere.
         to_journal = isinstance(outputs, Absent) or any(source.name.startswith("socket:") for source in outputs)
         if to_journal and known(engine.unit) and not known(engine.container):
-            name = f"journal:{engine.unit}"
-            held = next((log for log in (*wanted, *self._followed) if log.name == name), None)
-            return [held or self._journal(engine.unit)]
+            return [self._journal(engine.unit, wanted)]
         if wanted:  # the site names logs because the search does not find them
             return [wanted[0]]
+        if known(engine.container) and shutil.which("journalctl"):  # where Podman writes, and Docker's journald driver
+            return [self._journal(f"CONTAINER_ID_FULL={engine.container}", wanted)]
         if isinstance(outputs, Absent):
             return outputs
         where = ", ".join(sorted({_kind(source.name) for source in outputs})) or "nowhere"

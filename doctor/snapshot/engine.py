@@ -174,7 +174,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stack: EngineStack = EngineStack()
     model: ModelConfig = ModelConfig()
     log: Maybe[str] = NOT_ASKED
-    """Where its log was found: a path, `journal:UNIT`, `docker:ID`. `EngineEvent.log` refers to this."""
+    """Where its log was found: a path, `journal:UNIT`, `journal:FIELD=value`, `docker:ID`. `EngineEvent.log` refers to this."""
     cpu_seconds: Maybe[float] = NOT_ASKED
     """Of the front process; use its growth."""
     identity: str = ""
