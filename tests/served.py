@@ -1,10 +1,13 @@
-"""A daemon over hand-made visits, to be run as a program: `served.py SCRIPT INTERVAL [HOST:PORT [WEB-CONFIG]]`.
+"""A daemon over hand-made visits, to be run as a program: `served.py SCRIPT INTERVAL [HOST:PORT [WEB-CONFIG [STATE-DIR]]]`.
 
 SCRIPT names the visits, e.g. `clear,lost,clear`; the last one goes on for ever, or with `stop` at the end no visit comes any more.
+The recorder's disk in STATE-DIR does what the file STATE-DIR.disk says: `ENOSPC` or another error's name, `hung`, or nothing.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -17,8 +20,11 @@ from doctor import daemon
 from doctor.door.address import DoorError, address
 from doctor.history import History
 from doctor.readers import runbook
+from doctor.recorder import flight
+from doctor.recorder.folder import Bounds
 from doctor.rule import Finding, NoLimits, Severity, rule
 from doctor.snapshot import Gpu, Snapshot, Source
+from rules import recorder_failing
 
 
 @rule(
@@ -66,16 +72,35 @@ def visits(script: str, interval: float) -> Generator[Snapshot, None, None]:
         print('{"event": "closed"}', file=sys.stderr, flush=True)
 
 
+def recorder(directory: str) -> flight.FlightRecorder:
+    """Return a recorder whose disk can be made to fail."""
+    disk, really = Path(f"{directory}.disk"), os.fdatasync
+
+    def sync(file: int) -> None:
+        while (state := disk.read_text() if disk.exists() else "") == "hung":
+            time.sleep(0.01)
+        if state:
+            raise OSError(getattr(errno, state), os.strerror(getattr(errno, state)))
+        really(file)
+
+    os.fdatasync = sync
+    flight.PATIENCE_SECONDS = flight.FAREWELL_SECONDS = 0.5
+    return flight.FlightRecorder(Path(directory), Bounds(max_bytes=8 << 20, max_age_seconds=86400.0), keep_seconds=3600)
+
+
 if __name__ == "__main__":
+    script, interval, *more = sys.argv[1:]
+    listen, web_config, state = [*more, *("127.0.0.1:0", "", "")[len(more) :]]
     try:
         daemon.run(
-            visits(sys.argv[1], float(sys.argv[2])),
-            (lost,),
-            listen=address(sys.argv[3] if len(sys.argv) > 3 else "127.0.0.1:0"),
-            interval_seconds=float(sys.argv[2]),
+            visits(script, float(interval)),
+            (lost, recorder_failing.RULE),
+            listen=address(listen),
+            interval_seconds=float(interval),
             keep_seconds=3600,
             version="0.0.0",
-            web_config=Path(sys.argv[4]) if len(sys.argv) > 4 else None,
+            web_config=Path(web_config) if web_config else None,
+            recorder=recorder(state) if state else None,
         )
     except DoorError as e:
         sys.exit(str(e))

@@ -130,7 +130,8 @@ def test_a_source_that_fails_is_told_once_a_change() -> None:
 
     told = SourcesTold()
     failed, denied = visit((Source.NVML, Why.FAILED)), visit((Source.NVML, Why.NO_PERMISSION))
-    visits = [visit(), *[failed] * 100, visit(), failed, visit(), *[denied] * 50, *[visit()] * 50]
+    flapping = [failed, denied, visit(), failed] * 25
+    visits = [visit(), *[failed] * 50, *flapping, *[denied] * 50, *[visit()] * 50]
     assert [change.why and change.why.why for each in visits for change in told.after(each)] == [
         Why.FAILED, Why.NO_PERMISSION, None,
     ]  # fmt: skip

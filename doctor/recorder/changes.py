@@ -129,24 +129,29 @@ class SourceChange(msgspec.Struct, frozen=True):
 
 
 class SourcesTold:
-    """What was told of the sources; one that is lost is told at once, one that is seen when that has lasted."""
+    """What was told of the sources: one that is lost is told at once; back, or lost otherwise, when that has lasted."""
 
     def __init__(self) -> None:
-        self._unseen: dict[Source, Why] = {}
-        self._seen: dict[Source, int] = {}
-        """Visits in a row that saw it again."""
+        self._told: dict[Source, Why] = {}
+        """Those that were told to be unseen."""
+        self._now: dict[Source, tuple[Why | None, int]] = {}
+        """How each of these fares now instead, and for how many visits in a row."""
 
     def after(self, snapshot: Snapshot) -> Iterator[SourceChange]:
         """Yield what is to be told after a visit."""
         for source in Source:
-            why = snapshot.why_unseen(source)
-            if why is not None and why.why is not Why.NOT_ASKED:
-                self._seen.pop(source, None)
-                if self._unseen.get(source) is not why.why:
-                    self._unseen[source] = why.why
-                    yield SourceChange(source, why)
-            elif source in self._unseen:
-                self._seen[source] = self._seen.get(source, 0) + 1
-                if self._seen[source] >= CALM_VISITS:
-                    del self._unseen[source], self._seen[source]
-                    yield SourceChange(source, None)
+            absent = snapshot.why_unseen(source)
+            why = None if absent is None or absent.why is Why.NOT_ASKED else absent.why
+            told = self._told.get(source)
+            before, alike = self._now.pop(source, (why, 0))
+            if why is told:
+                continue
+            self._now[source] = why, alike + 1 if before is why else 1
+            if told is not None and self._now[source][1] < CALM_VISITS:
+                continue
+            del self._now[source]
+            if why is None:
+                del self._told[source]
+            else:
+                self._told[source] = why
+            yield SourceChange(source, absent if why is not None else None)
