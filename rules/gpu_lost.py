@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import msgspec
@@ -71,6 +72,7 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
         yield _finding(history, tuple(loss for loss in losses if loss.pci_address == pci_address))
     if gone:
         return
+    yield from _not_started(history)
     yield from _not_probed(history)
     yield from _none_found(history)
     yield from _too_few(history, limits.expected_gpus)
@@ -196,6 +198,22 @@ def _gpu_at(history: History, pci_address: str) -> Gpu | None:
             if pci_address in (gpu.pci_address, gpu.uuid):
                 return gpu
     return None
+
+
+def _not_started(history: History) -> Iterator[Finding]:
+    """Take the driver's word that it could not start a GPU where it does not say which (before 450), and none was read."""
+    kernel = [e for e in of_this_boot(history) if isinstance(e, NvidiaMessage)]
+    said = [e for e in kernel if e.kind == "init-failed" and not e.pci_address and _ADAPTER.search(e.text)]
+    if said and not history.latest.gpus and all(e.kind != "api-mismatch" for e in kernel):
+        yield Finding(
+            summary="The driver could not start a GPU, and does not say which",
+            evidence=(Evidence(Source.KERNEL_LOG.value, said[0].where, said[0].text),),
+            confidence=Confidence.MEDIUM,
+            since=said[0].at,
+        )
+
+
+_ADAPTER = re.compile(r"(?:RmInitAdapter|rm_init_adapter) failed")
 
 
 def _not_probed(history: History) -> Iterator[Finding]:

@@ -18,9 +18,6 @@ LEAST_SWITCHED = 4
 """A GPU with two or more peers at this many links each sits on a switch or in an even mesh (HGX A100 4-GPU: NV4;
 HGX H100 4-GPU: NV6; switches: NV8 and more). Bridged pairs have one such peer; V100 cube meshes stay at NV2."""
 
-MOST_BRIDGED = 12
-"""Links of a PCIe card, all down for ever where it has no bridge (H100 and A100 PCIe; H200 NVL alone has 18)."""
-
 
 class Shortfall(msgspec.Struct, frozen=True, kw_only=True):
     """A GPU with fewer links than it should have."""
@@ -65,14 +62,14 @@ def RULE(history: History, limits: NoLimits) -> Iterator[Finding | Absent]:  # n
 
 
 def _partly_linked(history: History) -> list[str]:
-    """Return the GPUs of no product that we know which have links of both kinds, or are nameless and more than bridged."""
+    """Return the GPUs of no product that we know which have links of both kinds, or are nameless and have some down."""
     return [
         count.gpu
         for count in link_counts(history)
         if count.down
         and (gpu := history.latest.gpu(count.gpu)) is not None
         and product_of(gpu) is None
-        and (count.active or (not known(gpu.name) and len(count.down) > MOST_BRIDGED))
+        and (count.active or not known(gpu.name))
     ]
 
 

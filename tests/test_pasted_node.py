@@ -395,3 +395,26 @@ def test_what_lspci_tells_of_a_link_is_lspcis_evidence(tmp_path: Path) -> None:
     (found,) = judged(tmp_path, text).findings
     assert found.finding.failure_mode == "pcie-link-degraded"
     assert {(e.source, e.where) for e in found.finding.evidence} == {("host", "lspci, 0000:18:00.0: PCIe link width")}
+
+
+def test_a_gpu_that_an_old_driver_could_not_start_is_missing_though_it_does_not_say_which(tmp_path: Path) -> None:
+    lines = "[  87.1] NVRM: RmInitAdapter failed! (0x26:0xffff:1290)\n[  87.2] NVRM: rm_init_adapter failed for device bearing minor number 0\n"
+    assert first(tmp_path, lines.replace("87.", "87.00000")) == "gpu-lost"
+    healthy = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)\n"
+    assert judged(tmp_path, lines.replace("87.", "87.00000") + healthy).verdict is Verdict.CLEAR
+    nothing = "[  87.000001] NVRM: No NVIDIA graphics adapter found!\n[  87.000002] NVRM: NVIDIA init module failed!\n"
+    assert judged(tmp_path, nothing).verdict is Verdict.CLEAR  # a machine without any
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ("Thermal: 'Detected clocks event due to thermal violation in GPU 2. Verify that the fans turn.", "cooling-insufficient"),
+        ("NVLink: 'GPU 2's NvLink link 4 is currently down", "incomplete"),
+        ("Memory: 'GPU 2 had uncorrectable memory errors and row remapping failed.'", "gpu-memory-faulty"),
+        ("InfoROM: 'A corrupt InfoROM has been detected in GPU 2.'", "incomplete"),
+    ],
+)  # fmt: skip
+def test_what_dcgms_host_engine_logs_of_health_is_judged_like_its_tables(tmp_path: Path, words: str, mode: str) -> None:
+    line = f"2026-11-21 10:00:00.000 ERROR [15:17] [[Health]] Detected a WARNING in health system {words}\n"
+    assert first(tmp_path, line) == mode

@@ -226,3 +226,18 @@ def test_a_width_that_the_stand_in_for_fp8_refuses_is_a_matter_of_fp8(tmp_path: 
 )
 def test_what_nvidia_smi_says_in_place_of_a_table_is_judged(tmp_path: Path, words: str, mode: str) -> None:
     assert first(judged(tmp_path, f"$ nvidia-smi\n{words}\n")) == mode
+
+
+@pytest.mark.parametrize(
+    ("line", "mode"),
+    [
+        (("(VllmWorkerProcess pid=71) ERROR 08-23 08:25:25 multiproc_worker_utils.py:226] Exception in worker while processing method "
+        "init_device: NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details), Traceback (most recent call last):"), "nccl-timeout"),
+        ("nvidia-container-cli: requirement error: unsatisfied condition: cuda>=12.9, please update your driver", "stack-mismatch"),
+        ("Fatal Error: call to cuCtxCreate returned error 214\n  (CUDA_ERROR_ECC_UNCORRECTABLE): uncorrectable ECC error encountered", "gpu-memory-faulty"),
+        ("CRITICAL 04-08 04:00:01 [core_client.py:361] Got fatal signal from worker processes, shutting down. See stack trace above.", "engine-crashed"),
+        ("2026-11-20T10:00:00,498 [INFO ] W-9000-model_1.0-stdout MODEL_LOG - huggingface_hub.errors.GatedRepoError: 401 Client Error.", "launch-refused"),
+    ],
+)  # fmt: skip
+def test_a_line_by_itself_tells_what_broke(tmp_path: Path, line: str, mode: str) -> None:
+    assert first(judged(tmp_path, line + "\n")) == mode

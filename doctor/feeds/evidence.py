@@ -348,6 +348,7 @@ _KINDS = (
         ),
     ),
     _Kind("dmon", (b"# gpu ",), _matches(r"^# gpu +(?:\w+ +)+\n(?:(?:#|\s+\d)[^\n]*\n?)*")),
+    _Kind("dcgm-log", (b"[[Health]]",), dcgm.find_log),
     _Kind("dcgm-links", (b"NvLink Link Status",), dcgm.find_links),
     _Kind("dcgm", (b"| Pass", b"| Fail", b"| Warn", b"| Error", b"Overall Health"), dcgm.find),
     _Kind("gpud", (b"fabric state: GPU ",), _matches(r"^.*\bfabric state: GPU \S+: state=[^\n]*")),
@@ -381,7 +382,7 @@ _ENGINE_RECORD = re.compile(
 """Records of vLLM and of its web server, and what Python prints when it fails."""
 
 _ENGINE_TRACE = re.compile(
-    rb"nvml error: |NCCL (?:INFO|WARN|ERROR)|ProcessGroupNCCL|\[rank\d+\]|CUDA error|CUDA out of memory|Failed to initialize NVML"
+    rb"nvml error: |nvidia-container-cli: |NCCL (?:INFO|WARN|ERROR)|ProcessGroupNCCL|\[rank\d+\]|CUDA error|CUDA out of memory|Failed to initialize NVML"
     rb"|^(?:\w+Error|\w*Exception): ",
     re.MULTILINE,
 )
@@ -575,8 +576,8 @@ class _Gathered:
             if peers is None:
                 return False
             self.p2p.append(peers)
-        elif kind == "dcgm":
-            tests = dcgm.read(text)
+        elif kind in {"dcgm", "dcgm-log"}:
+            tests = dcgm.read(text) if kind == "dcgm" else dcgm.read_log(text)
             self.dcgm.append(tests)
             self.complaints += [f"{name}:{line}: DCGM says what no rule judges: {words}" for words in tests.unjudged]
         elif kind == "dcgm-links":

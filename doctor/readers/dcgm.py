@@ -1,6 +1,6 @@
 """What `dcgmi diag` and `dcgmi health` print: the tests that failed or warned, as states of GPUs where they tell one.
 
-And `dcgmi nvlink -s`, the state of each link as a letter.
+And `dcgmi nvlink -s`, the state of each link as a letter, and the lines of the host engine's log about health.
 
 The sentences are those of DCGM's error table (dcgm_errors.h); they keep their words over releases, the tables don't.
 """
@@ -136,6 +136,7 @@ _HEAT = re.compile(
 _TOO_HOT = re.compile(
     r"Temperature (\d{1,3})(?: ?C)? of GPU (\d{1,3}) exceeded (?:user-specified )?maximum allowed temperature (\d{1,3})"
 )
+_HEATED = re.compile(r"clocks? (?:event|throttling) due to thermal violation (?:in|on|for) GPU (\d{1,3})")
 _THROTTLED = re.compile(r"GPU (\d{1,3})\b[^.]{0,120}clocks_(?:event|throttle)_reasons?_(sw|hw)_thermal_slowdown")
 
 
@@ -172,6 +173,9 @@ def _told(states: dict[int, Gpu], words: str) -> bool:
         if float(match["seconds"] or match["span"]) > 0:
             _put(states, _slowed(_state(states, match["gpu"] or match["of"]), "sw"))  # DCGM adds up both kinds
         found = True
+    for match in _HEATED.finditer(words):
+        _put(states, _slowed(_state(states, match[1]), "sw"))
+        found = True
     for match in _THROTTLED.finditer(words):
         _put(states, _slowed(_state(states, match[1]), match[2]))
         found = True
@@ -207,6 +211,32 @@ def _state(states: dict[int, Gpu], index: str) -> Gpu:
 
 def _put(states: dict[int, Gpu], gpu: Gpu) -> None:
     states[gpu.index] = gpu
+
+
+# The host engine's own log.
+
+_HEALTH_LINE = re.compile(
+    r"\[\[Health\]\] Detected an? (?P<level>\w+) in health system (?P<system>[\w ]{1,40}): '?(?P<words>[^\n]*)"
+)
+
+
+def find_log(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each line of nv-hostengine's log that reports a health system."""
+    for match in _HEALTH_LINE.finditer(text):
+        yield text.rfind("\n", 0, match.start()) + 1, match.end()
+
+
+def read_log(text: str) -> DcgmReport:
+    """Return what such lines say."""
+    states: dict[int, Gpu] = {}
+    unjudged: list[str] = []
+    found = 0
+    for match in _HEALTH_LINE.finditer(text):
+        found += 1
+        words = match["words"].strip(" '")
+        if not _told(states, words):
+            unjudged.append(f"{match['system']}: {words}"[:300])
+    return DcgmReport(gpus=tuple(states[index] for index in sorted(states)), unjudged=tuple(unjudged), tests=found)
 
 
 # `dcgmi nvlink -s`.

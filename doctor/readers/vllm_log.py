@@ -193,7 +193,8 @@ class LogReader:
             message = line[head + 2 : head + 4] if head > 0 else line[:2]
             if message == b"  " and not any(word in line for word in _WORDS_OF_INDENTED_ERRORS):
                 continue  # a line of a traceback or of a list
-            if head > 0 and not self._traces and line.find(b"INFO ", 0, head) >= 0:
+            level = line.find(b"INFO ", 0, head) if head > 0 and not self._traces else -1
+            if level >= 0 and line[level + 5 : level + 6] != b"]":  # `[INFO ]` is a wrapper's own level
                 if not line.startswith(_INFORMING_STARTS, head + 2) and _STATS_TEXT not in line:
                     continue
             elif not self._traces and self._is_quiet(line, head):
@@ -282,11 +283,13 @@ class LogReader:
             match = signals.matched(text, inform=True)
             return None if match is None else (match.name, _facts_of(match, text))
         trace = self._traces.get(key)
-        if "Traceback (most recent call last)" in text and len(text) < 200:
+        if "Traceback (most recent call last)" in text and len(text) < 400:
             if len(self._traces) < _TRACES_MAX:
                 self._traces[key] = trace = trace or _Trace()
                 trace.lines = 0
-            return None
+            text = text.partition("Traceback (most recent call last)")[0]
+            match = signals.matched(text) if ": " in text else None  # what failed may stand before it
+            return None if match is None else (match.name, _facts_of(match, text))
         if text.startswith(_CHAIN):
             if len(self._traces) < _TRACES_MAX:
                 self._traces[key] = _Trace(chained=True, harmless=self._harmless == key)
@@ -562,7 +565,15 @@ def holds_literal(line: bytes) -> bool:
     return False
 
 
-_WORDS_OF_INDENTED_ERRORS = (b"rror: ", b"xception: ", b"Value error, ", b"NCCL WARN ", b"what(): ", b"OOMKilled")
+_WORDS_OF_INDENTED_ERRORS = (
+    b"rror: ",
+    b"xception: ",
+    b"Value error, ",
+    b"NCCL WARN ",
+    b"what(): ",
+    b"OOMKilled",
+    b"(CUDA_ERROR_",
+)
 
 
 def _was_served(block: bytes, position: int) -> bool:
@@ -589,7 +600,7 @@ _ANSI_BARE = re.compile(r"\[[0-9]{1,2}(?:;[0-9]{1,3})*m")
 _ZONED = re.compile(
     r"\s*[\[(]?(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d+))?(?: (DP\d+ TP\d+|TP\d+|DP\d+))?"
     r"(Z| ?[+-]\d\d:?\d\d| [A-Z]{3,4}(?= ))?[\])]?(?: std(?:out|err) [FP])?"
-    r"(?: [\w.-]{1,64} [\w.@/\\-]{1,64}(?:\[\d{1,9}\])?: ?"  # the journal and syslog: host, service
+    r"(?: [\w.-]{1,64} [\w.@/\\-]{1,64}\[\d{1,9}\]: ?|(?= \w{0,60}[\d.-]) [\w.-]{1,64} [\w.@/\\-]{1,64}: ?"  # host, service
     r"| [\w.-]{1,64} [\w.@/\\-]{1,64} (?:\d{1,9}|-) \S{1,32} (?:-|\[[^\]]{0,200}\]) |[ \t]?)"  # RFC 5424
 )
 _JOURNAL = re.compile(r"([A-Z][a-z]{2}) ([ \d]\d) (\d\d):(\d\d):(\d\d)(?:\.\d{1,9})? \S+ [\w.@/\\:-]+(?:\[\d+\])?: ?")
@@ -604,6 +615,7 @@ _WRAPPING = re.compile(
     r"|(?:\[ {0,8}\d{1,9}\.\d{6}\]|\d{10}\.\d{6}) [\w.-]{1,64} [\w.@/\\:-]{1,64}\[\d{1,9}\]: ?"  # journalctl -o short-monotonic, -unix
     r"|[A-Z][a-z]{2} (?=\d{4}-\d\d-\d\d \d\d:)"  # and -o short-full, with-unit: the day of the week
     r"|\s{0,8}MESSAGE="  # and -o export, verbose
+    r"|\[(?:TRACE|DEBUG|INFO|WARN|ERROR|FATAL) {0,2}\] \S{1,80} \S{1,80} - ?"  # a Java server's, around its worker's output
     r"|\[\d+,\d+\]<std(?:out|err)>:"  # mpirun --tag-output
     r"|\[(?:pod/[\w./-]{1,200}\]|[a-z][\w.-]{0,60}\]:) "  # kubectl logs --prefix, an init system's tag
     r"|\d{1,7}\.\ds \d{1,7} "  # a notebook service's seconds and line number
@@ -890,7 +902,7 @@ _EXCEPTION_IN_TRACE = re.compile(
     r"(?P<type>(?:[A-Za-z_]\w*\.){0,8}[A-Za-z_]\w{2,60})(?:: (?P<message>.*))?$", re.DOTALL
 )
 _QUOTED_ERROR = re.compile(
-    r"\s+(?:(?:\w+\.)*[A-Z]\w*(?:Error|Exception): |Value error, |what\(\): |Reason: +OOMKilled|.{0,80}NCCL WARN )"
+    r"\s+(?:(?:\w+\.)*[A-Z]\w*(?:Error|Exception): |Value error, |what\(\): |Reason: +OOMKilled|.{0,80}NCCL WARN |\(CUDA_ERROR_[A-Z_]+\): )"
 )
 _HARMLESS = (
     "NVLink detection failed",
