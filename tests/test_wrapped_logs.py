@@ -236,6 +236,7 @@ def test_what_nvidia_smi_says_in_place_of_a_table_is_judged(tmp_path: Path, word
         ("nvidia-container-cli: requirement error: unsatisfied condition: cuda>=12.9, please update your driver", "stack-mismatch"),
         ("Fatal Error: call to cuCtxCreate returned error 214\n  (CUDA_ERROR_ECC_UNCORRECTABLE): uncorrectable ECC error encountered", "gpu-memory-faulty"),
         ("CRITICAL 04-08 04:00:01 [core_client.py:361] Got fatal signal from worker processes, shutting down. See stack trace above.", "engine-crashed"),
+        ("WARNING 06-13 11:42:20 _custom_ops.py:11] Failed to import from vllm._C with ImportError('/x/vllm/_C.abi3.so: undefined symbol: _ZN5torch7L')", "stack-mismatch"),
         ("2026-11-20T10:00:00,498 [INFO ] W-9000-model_1.0-stdout MODEL_LOG - huggingface_hub.errors.GatedRepoError: 401 Client Error.", "launch-refused"),
     ],
 )  # fmt: skip

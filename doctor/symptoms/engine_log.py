@@ -337,6 +337,8 @@ _GIVES_WAY = frozenset({"exception", "launch-error", "worker-died", "process-sig
 
 def _is_reason(error: EngineEvent) -> bool:
     """Whether this line may give the reason of a vague failure, and is none by itself: what was only tried may fail."""
+    if error.signal == "library-mismatch" and error.facts.get("kind") == "undefined-symbol" and "vllm._C" in error.text:
+        return False  # its own kernels: without them no engine runs, though it only warns
     return error.level == "DEBUG" or (error.level == "WARNING" and error.signal in ("library-mismatch", "nvml-error"))
 
 
