@@ -121,6 +121,8 @@ class Cost(msgspec.Struct, frozen=True):
 
     cpu_seconds: float
     resident_bytes: int
+    proportional_bytes: int | None = None
+    """In which pages that several processes share count in part for each."""
 
 
 class Own(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +136,7 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     open_fds: int | None = None
     loop_lag_seconds: float | None = None
+    http_loop_lag_seconds: float | None = None
     responses: Mapping[str, int] = {}
     """Answers to HTTP requests, by status code."""
     dropped: Mapping[str, int] = {}
@@ -208,10 +211,11 @@ def _count(counter: Counter[Labels], key: Labels, number: int) -> None:
         counter[key] += number
 
 
-def families(report: Report | None, tally: Tally, own: Own) -> Iterator[Family]:
+def families(report: Report | None, tally: Tally | None, own: Own) -> Iterator[Family]:
     """Yield every metric that there is, without samples where there is nothing to tell."""
     yield from _of_the_daemon(own)
-    yield from _of_the_tally(tally)
+    for family in _of_the_tally(tally or Tally()):
+        yield family if tally else msgspec.structs.replace(family, samples={})
     yield from _of_the_judgement(report)
     snapshot = report.snapshot if report else Snapshot(at=0.0)
     yield from _of_the_collectors(snapshot)
@@ -220,7 +224,7 @@ def families(report: Report | None, tally: Tally, own: Own) -> Iterator[Family]:
     yield from _of_the_gpus(snapshot)
     yield from _of_the_mig_devices(snapshot)
     yield from _of_the_links(snapshot)
-    yield from _of_the_engines(snapshot, tally)
+    yield from _of_the_engines(snapshot, tally or Tally())
 
 
 def _of_the_daemon(own: Own) -> Iterator[Family]:
@@ -238,10 +242,21 @@ def _of_the_daemon(own: Own) -> Iterator[Family]:
         ("process",),
         {(name,): cost.resident_bytes for name, cost in own.costs.items()},
     )
+    yield Family(
+        "gpu_doctor_process_proportional_memory_bytes",
+        "Memory of the daemon, and of its children together; of a page that processes share each has its part (PSS).",
+        ("process",),
+        {(name,): float(pss) for name, cost in own.costs.items() if (pss := cost.proportional_bytes) is not None},
+    )
     yield _single("process_threads", "Threads of the daemon.", own.threads)
     yield _single("process_open_fds", "File descriptors that the daemon holds.", own.open_fds)
     yield _single(
         "loop_lag_seconds", "How much later than due the last report came: visit and judgement.", own.loop_lag_seconds
+    )
+    yield _single(
+        "http_loop_lag_seconds",
+        "How much later than due the event loop that answers HTTP requests last woke.",
+        own.http_loop_lag_seconds,
     )
     yield Family(
         "gpu_doctor_http_responses_total",

@@ -23,10 +23,11 @@ from exporters.prometheus import OPENMETRICS, SERIES_MAX, TEXT, Cost, Family, Ow
 OWN = Own(
     version="0.0.0",
     started_at=reports.AT - 3600,
-    costs={"daemon": Cost(12.5, 40_000_000), "children": Cost(3.25, 30_000_000)},
+    costs={"daemon": Cost(12.5, 40_000_000, 36_000_000), "children": Cost(3.25, 30_000_000, 17_000_000)},
     threads=4,
     open_fds=17,
     loop_lag_seconds=0.25,
+    http_loop_lag_seconds=0.001,
     responses={"200": 240, "404": 1},
     dropped={"crowded-out": 0, "no-handshake": 0, "slow": 2},
     logins_failed=3,

@@ -45,6 +45,15 @@ def bytes_of(path: str | Path, most: int = MOST_BYTES) -> bytes:
     return b"".join(pieces)
 
 
+def piece_of(path: str | Path, most: int) -> bytes:
+    """Return what one reading of a file brings, at most *most* bytes: all of a small file of a process. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, most)
+    finally:
+        os.close(descriptor)
+
+
 def names_in(folder: str | Path) -> list[str]:
     """Return the names of what is in a folder, in no order. Raises OSError.
 

@@ -83,7 +83,7 @@ def process_of(proc: Path, task: Task, boot: float, before: Mapping[int, Process
         arguments = earlier.arguments if earlier is not None and earlier.started_at == started_at else ()
     else:
         try:
-            arguments = _arguments(files.bytes_of(f"{proc}/{task.pid}/cmdline"))
+            arguments = _arguments(files.piece_of(f"{proc}/{task.pid}/cmdline", files.PIECE_BYTES))
         except OSError:
             return None
     return Process(

@@ -43,7 +43,8 @@ class Task(msgspec.Struct, frozen=True):
 def task_of(folder: str) -> Task | None:
     """Return the task of a folder of /proc, or None when it is gone or not understood."""
     try:
-        pid, _, rest = files.text_of(f"{folder}/stat", STAT_BYTES).partition(" (")
+        stat = files.piece_of(f"{folder}/stat", STAT_BYTES).decode("utf-8", "backslashreplace")
+        pid, _, rest = stat.partition(" (")
         name, _, fields = rest.rpartition(") ")
         words = fields.split(None, 20)
         return Task(

@@ -23,11 +23,13 @@ def costs() -> dict[str, Cost]:
     of_self, ended = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     found: dict[str, Cost] = {}
     try:
-        resident = _resident_bytes(os.getpid())
-        found["daemon"] = Cost(of_self.ru_utime + of_self.ru_stime, resident)
-        living = [_cost(pid) for pid in _descendants(os.getpid())]
+        own = os.getpid()
+        found["daemon"] = Cost(of_self.ru_utime + of_self.ru_stime, _resident_bytes(own), _proportional_bytes(own))
+        living = [_cost(pid) for pid in _descendants(own)]
         cpu = ended.ru_utime + ended.ru_stime + sum(cost.cpu_seconds for cost in living)
-        found["children"] = Cost(cpu, sum(cost.resident_bytes for cost in living))
+        parts = [cost.proportional_bytes for cost in living if cost.proportional_bytes is not None]
+        proportional = sum(parts) if len(parts) == len(living) else None
+        found["children"] = Cost(cpu, sum(cost.resident_bytes for cost in living), proportional)
     except OSError:
         pass  # not Linux as we know it; the rest of the page is no worse for it
     return found
@@ -69,9 +71,19 @@ def _descendants(pid: int) -> Iterator[int]:
 def _cost(pid: int) -> Cost:
     try:
         words = (PROC / str(pid) / "stat").read_text().rpartition(") ")[2].split()
-        return Cost((int(words[11]) + int(words[12])) / TICKS_PER_SECOND, _resident_bytes(pid))
+        seconds = (int(words[11]) + int(words[12])) / TICKS_PER_SECOND
+        return Cost(seconds, _resident_bytes(pid), _proportional_bytes(pid))
     except (OSError, ValueError, IndexError):
-        return Cost(0.0, 0)  # it ended meanwhile
+        return Cost(0.0, 0, 0)  # it ended meanwhile
+
+
+def _proportional_bytes(pid: int) -> int | None:
+    """Return the memory of a process in which pages that several share count in part for each (proc_pid_smaps(5))."""
+    try:
+        lines = (PROC / str(pid) / "smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None  # before Linux 4.14, or the kernel was built without it
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), None)
 
 
 def _resident_bytes(pid: int) -> int:

@@ -164,7 +164,10 @@ class Desk:
         form = Form(kind, zipped=coding == "gzip")
         shown = self._board.fresh()
         if shown is None:  # only what the daemon knows of itself is left, and that as of now
-            page = Writer(kind).page(families(None, self._tally, self._own()))
+            # Before the first report, the counters are those on record: a visit behind what an earlier life of the
+            # daemon may have shown. A counter that goes back would count everything once more.
+            counted = None if self._board.age_seconds() is None else self._tally
+            page = Writer(kind).page(families(None, counted, self._own()))
             page = zipped(page) if form.zipped else page
         else:
             self._press.ask(form)

@@ -124,6 +124,7 @@ class Door:
             threads=cost.number_of_threads(),
             open_fds=cost.number_of_open_fds(),
             loop_lag_seconds=self._loop_lag_seconds,
+            http_loop_lag_seconds=self._server.loop_lag_seconds,
             responses=dict(self._server.responses),
             dropped=dict(self._server.dropped),
             logins_failed=self._server.logins_failed if self._config.current.users else None,
@@ -148,6 +149,8 @@ class _Server:
     def __init__(self, desk: Desk, config: WebConfigFile, log: Any) -> None:
         self.responses: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter({"slow": 0, "crowded-out": 0, "no-handshake": 0})
+        self.loop_lag_seconds: float | None = None
+        """How much later than due the event loop last woke."""
         self._desk = desk
         self._config = config
         self._log = log
@@ -178,12 +181,14 @@ class _Server:
             self._log.error("request failed", error=plain(repr(error)))
 
     async def _follow(self) -> None:
-        """Take up the web configuration when it changes; a bad one is told once and changes nothing."""
+        """Take up the web configuration when it changes; a bad one is told once and changes nothing. Watch the loop, too."""
         loop = asyncio.get_running_loop()
         while True:
+            due = loop.time() + FOLLOW_SECONDS
             await asyncio.sleep(FOLLOW_SECONDS)
+            self.loop_lag_seconds = max(0.0, loop.time() - due)
             try:
-                if await loop.run_in_executor(None, self._config.reread):
+                if self._config.loaded is not None and await loop.run_in_executor(None, self._config.reread):
                     self._log.info("web configuration read again")
             except DoorError as e:
                 self._log.error("web configuration is bad, the one before stays in force", error=plain(str(e)))
