@@ -265,6 +265,19 @@ def await_recorded(state: Path, number: int) -> None:
     await_true(lambda: Folder(state).tail(0)[0] >= last + number)
 
 
+def test_counters_are_not_shown_before_the_first_visit_has_brought_them_up_to_date(tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    with running(PROGRAM, "clear", "0.05", "127.0.0.1:0", "", state) as daemon:
+        await_visits(daemon)
+        await_recorded(Path(state), 1)
+        killed(daemon)
+    with running(PROGRAM, "stop", "0.05", "127.0.0.1:0", "", state) as daemon:
+        told = samples(daemon)
+        assert "gpu_doctor_visits_total" not in told
+        assert "process_start_time_seconds" in told
+        killed(daemon)
+
+
 def killed(daemon: Daemon) -> None:
     daemon.process.kill()
     daemon.process.wait()
