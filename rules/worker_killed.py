@@ -149,8 +149,9 @@ def _finding(
 
 def _unnamed(history: History, log: EngineLog, found: Finding) -> Finding:
     """Return the finding of an engine core that was there and is not: no line names the signal."""
-    cores = [(e.cores or e.ranks) for s in history.snapshots for e in s.engines if e.id == log.engine]
-    pids = tuple(rank.pid for rank in cores[-1]) if cores else ()
+    lives = [e.cores or e.ranks for s in history.snapshots for e in s.engines if e.id == log.engine]
+    last = next((ranks for ranks in reversed(lives) if ranks), ())
+    pids = tuple(rank.pid for rank in last)
     who = f"The engine core (pid {pids[0]})" if len(pids) == 1 else "An engine core"
     looked = Source.KERNEL_LOG in history.latest.seen
     return msgspec.structs.replace(

@@ -39,7 +39,7 @@ def killed(words: str = WORDS["vLLM 0.32"]) -> tuple[Snapshot, ...]:
     report = nodes.line("engine-dead", "EngineDeadError: EngineCore encountered an issue.", number=91, at=alive[2].at)
     return (
         *alive[:2],
-        nodes.with_lines(alive[2], death, report),
+        nodes.with_lines(nodes.with_engine(alive[2], ranks=(), cores=()), death, report),
         *(nodes.put(nodes.without_engine(s), engines=left) for s, left in zip(alive[3:], (remnants(engine), ()), strict=True)),
     )  # fmt: skip
 
