@@ -25,7 +25,7 @@ STEPS = pytest.mark.parametrize("step", [7200.4, -7200.0])
 
 @cache
 def drilled(profile: str, fault: str) -> tuple[Snapshot, ...]:
-    return drills.visits(profile, fault, seconds=range(0, 105, 15))
+    return drills.visits(profile, fault, seconds=range(0, 121, 20))
 
 
 def numbers(value: object, path: str = "") -> Iterator[tuple[str, float]]:
@@ -40,9 +40,12 @@ def numbers(value: object, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 @STEPS
-@pytest.mark.parametrize("fault", ["gpu-lost:gpu=2", "nccl-timeout:rank=1", "oom-kill", "sxid:code=20034"])
-def test_every_time_in_a_snapshot_moves_with_the_clock_and_nothing_else(fault: str, step: float) -> None:
-    for snapshot in drilled("hgx-h100-4" if fault.startswith("nccl") else "hgx-h100-8", fault)[:2]:
+@pytest.mark.parametrize(
+    ("profile", "fault"),
+    [("hgx-h100-4", "gpu-lost:gpu=2,start=20"), ("hgx-h100-4", "oom-kill"), ("hgx-h100-8", "sxid:code=20034")],
+)
+def test_every_time_in_a_snapshot_moves_with_the_clock_and_nothing_else(profile: str, fault: str, step: float) -> None:
+    for snapshot in drilled(profile, fault)[:3]:
         before = dict(numbers(msgspec.to_builtins(snapshot)))
         after = dict(numbers(msgspec.to_builtins(in_new_time(snapshot, step))))
         assert before.keys() == after.keys()
@@ -70,11 +73,9 @@ def told(report: Report) -> list[tuple[str, str, str, float | None]]:
 @pytest.mark.parametrize(
     ("profile", "fault"),
     [
-        ("hgx-h100-8", "gpu-lost:gpu=2,start=20"),
+        ("hgx-h100-4", "gpu-lost:gpu=2,start=20"),
         ("hgx-h100-4", "engine-stalled:start=20"),
-        ("hgx-h100-8", "overheating:gpu=1,start=20"),
         ("hgx-h100-4", "power-transient:start=5"),
-        ("h100-nvl-4", "nvlink-errors:gpu=0,link=1,start=5"),
     ],
 )
 def test_the_findings_are_those_of_a_clock_that_nobody_set(profile: str, fault: str, step: float) -> None:

@@ -1,4 +1,4 @@
-"""GPUs are let go of when an operator asks, nothing is said of them meanwhile, and they are taken up again."""
+"""The daemon and the GPUs: let go of when an operator asks and taken up again; NVML's child stopped and killed; changes followed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -21,6 +21,8 @@ from doctor.collectors.collector import CannotSeeError, Visit
 from doctor.collectors.gpu_access import HOLD_MAX_SECONDS, GpuAccess
 from doctor.collectors.nvml import NvmlCollector
 from doctor.control import ControlError, Request, answer_of_daemon, control
+from doctor.feeds import simulated
+from doctor.recorder.folder import Folder
 from doctor.snapshot import Why
 
 PROGRAM = ("-m", "doctor", "daemon", "--listen", "127.0.0.1:0", "--interval", "0.3")
@@ -47,8 +49,11 @@ def unseen_of(daemon: Daemon, source: str) -> str | None:
 
 
 def nvml_children(daemon: Daemon) -> list[psutil.Process]:
-    children = psutil.Process(daemon.process.pid).children()
-    return [child for child in children if "doctor.collectors.nvml_child" in child.cmdline()]
+    found: list[psutil.Process] = []
+    for child in psutil.Process(daemon.process.pid).children():
+        with suppress(psutil.Error):  # it has just ended
+            found += [child] if "doctor.collectors.nvml_child" in child.cmdline() else []
+    return found
 
 
 def events(daemon: Daemon, name: str) -> list[dict[str, object]]:
@@ -112,6 +117,42 @@ def test_gpus_are_not_let_go_for_ever(hold: str, tmp_path: Path) -> None:
     done = told("release-gpu", "--for", hold, "--state-dir", str(tmp_path))
     assert done.returncode in (2, 3)
     assert "no daemon" not in done.stderr
+
+
+def test_a_child_that_is_stopped_or_killed_leaves_the_daemon_serving(tmp_path: Path) -> None:
+    config = tmp_path / "site.toml"
+    config.write_text("[collectors.nvml]\ndeadline_seconds = 2\n")
+    state = tmp_path / "state"
+    with running(*PROGRAM, "--simulate", "hgx-h100-4", "--config", str(config), "--state-dir", str(state)) as daemon:
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            await_true(lambda: unseen_of(daemon, "nvml") == "" and nvml_children(daemon))
+            (child,) = nvml_children(daemon)
+            child.send_signal(number)
+            await_true(lambda gone=child.pid: {child.pid for child in nvml_children(daemon)} - {gone})
+            assert daemon.get("/healthz")[0] == 200
+            assert not child.is_running()
+        await_true(lambda: unseen_of(daemon, "nvml") == "")
+        assert len(nvml_children(daemon)) == 1
+        assert events(daemon, "finding appeared") == []
+        assert daemon.end() == 0
+    told = {u.why.detail for entry in Folder(state).entries() for u in entry.snapshot.unseen}
+    assert {why.partition(";")[0] for why in told if "NVML child" in why} == {
+        "the NVML child was stopped (SIGSTOP)",
+        "the NVML child was killed by SIGKILL",
+    }
+
+
+def test_a_gpu_that_is_taken_out_and_a_driver_that_is_reloaded_are_followed() -> None:
+    faults = ("gpu-removed:gpu=2,start=1,end=5", "driver-reloaded:start=6,down=1")
+    due = [3, 4, "595.54.03"]
+    with closing(simulated.node("h100-nvl-4", faults, every=0.3)) as visits:  # type: ignore[type-var]
+        for snapshot in visits:
+            if due[0] in (len(snapshot.gpus), snapshot.stack.driver):
+                del due[0]
+            if not due:
+                break
+    assert len(snapshot.gpus) == 4
+    assert all(gpu.lost is False for gpu in snapshot.gpus)
 
 
 class Clock:
