@@ -274,7 +274,7 @@ def test_counters_are_not_shown_before_the_first_visit_has_brought_them_up_to_da
     with running(PROGRAM, "stop", "0.05", "127.0.0.1:0", "", state) as daemon:
         told = samples(daemon)
         assert "gpu_doctor_visits_total" not in told
-        assert "process_start_time_seconds" in told
+        assert "gpu_doctor_process_start_time_seconds" in told
         killed(daemon)
 
 

@@ -133,6 +133,19 @@ def test_triage_at_a_moment_judges_the_worst_visit_of_its_window(state: Path, no
     assert asked("triage", "--at", after, "--window", "1m", "--state-dir", state).exit_code == 0
 
 
+def test_where_the_clock_was_put_back_both_times_are_judged_as_they_came(tmp_path: Path, now: float) -> None:
+    visits = day(now)  # the lost link is there from the 18th visit to the 30th
+    back = shifted(visits[30:], -250.0)  # and the time of its loss comes again, without it
+    recorded(tmp_path, judged([*visits[:30], *back]))
+    at = visits[24].at
+    told = asked("triage", "--at", written(at), "--window", "2m", "--state-dir", tmp_path, "--format", "json")
+    report = json.loads(told.output)
+    assert report["findings"][0]["failure_mode"] == "nvlink-degraded"
+    history = json.loads(asked("history", "--state-dir", tmp_path, "--format", "json").output)
+    assert [gap["why"] for gap in history["gaps"]] == ["clock put back"]
+    assert history["visits"] == 60
+
+
 def test_a_damaged_recording_is_judged_and_says_so(tmp_path: Path, state: Path, now: float) -> None:
     (segment,) = Folder(state).segments()
     data = bytearray(segment.read_bytes())

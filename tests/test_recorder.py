@@ -276,6 +276,30 @@ def test_the_tail_is_that_of_the_last_seconds(tmp_path: Path) -> None:
     assert past[-1].counted == b"29"
 
 
+@pytest.mark.parametrize("step", [-10 * 86400.0, -3600.0, 30 * 86400.0])
+def test_a_clock_that_was_set_does_not_swell_the_tail(tmp_path: Path, step: float) -> None:
+    def at(begin: float, count: int) -> list[Snapshot]:
+        return [msgspec.structs.replace(SMALL[0], at=begin + 600.0 * n) for n in range(count)]
+
+    began = SMALL[0].at
+    written(tmp_path, at(began, 20))
+    written(tmp_path, [*at(began + 12_000.0, 20), *at(began + 24_000.0 + step, 4)])
+    last, past = Folder(tmp_path).tail(3600.0)
+    assert last == 44
+    assert 4 <= len(past) <= 44 - 20
+    assert past[-1].snapshot.at == began + 24_000.0 + step + 1800.0
+
+
+def test_old_segments_go_first_whatever_the_clock_says(tmp_path: Path) -> None:
+    bounds = Bounds(max_bytes=300 << 10, max_age_seconds=86400.0)
+    for life in range(4):
+        ahead = -life * 90 * 86400.0  # each life's clock stands further back
+        written(tmp_path, [msgspec.structs.replace(visit, at=visit.at + ahead) for visit in VISITS * 12], bounds)
+    numbers = [frame.number for frame, _ in Folder(tmp_path).walk(lambda _: False)]
+    assert numbers == list(range(numbers[0], 4 * len(VISITS) * 12 + 1))
+    assert numbers[0] > 1
+
+
 class FullDisk:
     """fdatasync that a test can make fail."""
 

@@ -87,20 +87,26 @@ class Folder:
         They begin with a whole one, so that what was found and counted is among them.
         """
         last = 0
-        newest: float | None = None
+        after: Frame | None = None
         found: list[list[Entry]] = []
         for segment in reversed(self.segments()):
             there = list(self._frames(segment))
             last = max([last, number_of(segment), *(frame.number for frame in there)])
-            if not there:
-                continue
-            newest = there[-1].at if newest is None else newest
-            begin = next((place for place, frame in enumerate(there) if frame.at >= newest - seconds), len(there))
+            begin = len(there)
+            while begin:
+                # A clock that was put back tells no time; it must not make the last hour one of all that is kept.
+                passed = 0.0 if after is None else max(0.0, after.at - there[begin - 1].at)
+                if passed > seconds:
+                    break
+                seconds -= passed
+                begin -= 1
+                after = there[begin]
+            is_all = begin > 0
             while begin and not (begin < len(there) and there[begin].is_whole):
                 begin -= 1
             reading = Reading()
             found.append([entry for frame in there[begin:] for entry in self._told(segment, reading, frame)])
-            if there[0].at < newest - seconds:
+            if is_all:
                 break
         return last, tuple(entry for told in reversed(found) for entry in told)
 

@@ -21,8 +21,8 @@ def worst_report(folder: Folder, at: float, window_seconds: float, keep_seconds:
     """
     begin, end = at - window_seconds / 2, at + window_seconds / 2
     snapshots = [entry.snapshot for entry in folder.entries(begin - keep_seconds, end)]
-    past = [snapshot for snapshot in snapshots if snapshot.at < begin]
-    visits = [snapshot for snapshot in snapshots if snapshot.at >= begin]
+    first = next((place for place, snapshot in enumerate(snapshots) if snapshot.at >= begin), len(snapshots))
+    past, visits = snapshots[:first], snapshots[first:]
     if not visits:
         raise RecorderError(
             f"{folder.directory}: no visit was recorded in that window; `gpu-doctor history` shows the gaps"
@@ -32,7 +32,8 @@ def worst_report(folder: Folder, at: float, window_seconds: float, keep_seconds:
         severities = [reported.finding.severity or 0 for reported in report.open]
         return (max(severities, default=0), sum(severities), len(report.findings), -abs(report.at - at))
 
-    worst = max(watch(visits, past), key=badness)
+    # Where the clock was put back, a time comes twice, and visits of before the window stand between those in it.
+    worst = max((report for report in watch(visits, past) if report.at >= begin), key=badness)
     if not folder.unread:
         return worst
     why = Absent(Why.PASSED_OVER, f"places of the recording that could not be read: {len(folder.unread)}")
