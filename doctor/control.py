@@ -120,7 +120,7 @@ def _reply(channel: socket.socket, access: GpuAccess) -> Reply:
         request = msgspec.json.decode(_line(channel), type=Request)
     except msgspec.DecodeError as e:
         return Reply(refusal=f"the request is none: {e}")
-    by = f"asked for by {_name(uid)}"
+    by = _name(uid)
     if request.release_seconds is None:
         return Reply(was_released=access.retake(by))
     if not access.is_held:

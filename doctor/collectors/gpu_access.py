@@ -47,8 +47,7 @@ class GpuAccess:
             self._until = self._clock() + seconds
             self._why = Absent(
                 Why.NOT_ASKED,
-                f"GPU access was let go for {words_of(seconds)} ({by}), so that GPUs can be reset; it is taken up again after "
-                "that, or by `gpu-doctor retake-gpu`",
+                f"GPU access was let go for {words_of(seconds)} (by {by}); `gpu-doctor retake-gpu` takes it up again earlier",
             )
         held = self._let_go() if self._let_go is not None else None
         self.tell("gpu access let go", seconds=seconds, by=by, **({} if held is None else {"held_by": held}))
