@@ -291,7 +291,7 @@ def test_a_clock_that_was_set_does_not_swell_the_tail(tmp_path: Path, step: floa
 
 
 def test_old_segments_go_first_whatever_the_clock_says(tmp_path: Path) -> None:
-    bounds = Bounds(max_bytes=300 << 10, max_age_seconds=86400.0)
+    bounds = Bounds(max_bytes=100 << 10, max_age_seconds=86400.0)
     for life in range(4):
         ahead = -life * 90 * 86400.0  # each life's clock stands further back
         written(tmp_path, [msgspec.structs.replace(visit, at=visit.at + ahead) for visit in VISITS * 12], bounds)
