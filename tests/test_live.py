@@ -19,6 +19,8 @@ from doctor.snapshot import (
     Absent,
     Engine,
     EngineEvent,
+    FabricManager,
+    FabricMessage,
     Gpu,
     Host,
     ModelConfig,
@@ -235,6 +237,28 @@ def test_an_overrun_visit_is_left_out_not_made_up_for() -> None:
 
     at = [visit.at for visit in paced(Scripted(Source.HOST, slow), times=4, clock=clock)]
     assert [moment - at[0] for moment in at] == pytest.approx([0, 45, 60, 75])
+
+
+def test_news_of_a_source_that_is_always_late_come_a_visit_later_each_time(gate: threading.Event) -> None:
+    doors = [threading.Event(), threading.Event(), gate]
+    numbers = iter(range(3))
+
+    def collect(_visit: Visit) -> Reading:
+        number = next(numbers)
+        doors[number].wait(20)
+        message = FabricMessage(text=f"message {number}", where="log", kind="other")
+        event = EngineEvent(signal=f"event {number}", text="", where="log")
+        return Reading(fields={"engine_events": (event,), "fabric_manager": FabricManager(messages=(message,))})
+
+    visits = paced(Scripted(Source.FABRIC_MANAGER, collect), times=3, fabric_manager=Pace(deadline_seconds=0.1))
+    told: list[Snapshot] = []
+    for door in doors:
+        told.append(next(visits))
+        door.set()
+        settle("see-fabric-manager")
+    assert [s.seen for s in told] == [()] * 3
+    assert [[e.signal for e in s.engine_events] for s in told] == [[], ["event 0"], ["event 1"]]
+    assert [[m.text for m in s.fabric_manager.messages] for s in told] == [[], ["message 0"], ["message 1"]]
 
 
 def test_visits_wait_for_the_next_one_by_the_real_clock() -> None:

@@ -26,7 +26,19 @@ from doctor.collectors.processes import Processes
 from doctor.collectors.redaction import snapshot_without_secrets
 from doctor.collectors.stack import Versions
 from doctor.readers.patterns import LogPattern
-from doctor.snapshot import Absent, CollectorRun, Engine, Node, Position, Snapshot, Source, Unseen, Why, or_none
+from doctor.snapshot import (
+    Absent,
+    CollectorRun,
+    Engine,
+    FabricManager,
+    Node,
+    Position,
+    Snapshot,
+    Source,
+    Unseen,
+    Why,
+    or_none,
+)
 
 NEWS = frozenset(("kernel", "engine_events"))
 """Fields that carry their own stamps: what a late answer holds of them is as true at the next visit."""
@@ -219,18 +231,26 @@ class _Post:
         if not self._done.wait(max(0.0, left)) or self._answer is None:
             waited = time.monotonic() - self._began
             why = Absent(Why.TIMED_OUT, f"{self.source.value} has not answered for {waited:.1f} s")
-            return _Answer(Reading(), why, self._asked_at, waited)
+            return self._with_late_news(_Answer(Reading(), why, self._asked_at, waited))
         answer, self._answer = self._answer, None
-        if self._late is not None:
-            news = {field: value for field, value in self._late.fields.items() if field in NEWS}
-            fields = {**answer.reading.fields}
-            for field, value in news.items():
-                fields[field] = (*value, *fields.get(field, ()))
-            answer = msgspec.structs.replace(answer, reading=msgspec.structs.replace(answer.reading, fields=fields))
-            self._late = None
+        answer = self._with_late_news(answer)
         if self._stands_seconds > 0 and (answer.why is None or answer.why.why in LASTING):
             self._kept = answer
         return answer
+
+    def _with_late_news(self, answer: _Answer) -> _Answer:
+        """Return an answer, itself late perhaps, with the news of the one before that came after its visit."""
+        late, self._late = self._late, None
+        if late is None:
+            return answer
+        fields = {**answer.reading.fields}
+        for name, value in late.fields.items():
+            if name in NEWS:
+                fields[name] = (*value, *fields.get(name, ()))
+            elif isinstance(value, FabricManager):
+                now: FabricManager = fields.get(name, FabricManager())
+                fields[name] = msgspec.structs.replace(now, messages=(*value.messages, *now.messages))
+        return msgspec.structs.replace(answer, reading=msgspec.structs.replace(answer.reading, fields=fields))
 
 
 LASTING = frozenset((Why.NOT_PRESENT, Why.NOT_SUPPORTED, Why.NO_PERMISSION))
