@@ -16,7 +16,7 @@ from doctor.collectors import engine_log
 from doctor.collectors.collector import Visit
 from doctor.collectors.engine_log import EngineLogs
 from doctor.collectors.following import OUTLIVES_SECONDS, FollowedFile
-from doctor.collectors.generation import CHUNK_BYTES
+from doctor.collectors.generation import CHUNK_BYTES, rotated
 
 
 class Site:
@@ -274,3 +274,17 @@ def test_the_descriptor_of_a_running_engine_is_followed_beside_its_real_name(tmp
     assert site.seen == list(range(6))
     site.file.close()
     site.writer.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("vllm.log.1", True), ("vllm.log.12.gz", True), ("vllm.log-20261121", True), ("vllm.log-20261121-1795246500.gz", True),
+        ("vllm.log.2026-11-21_02-10", True), ("vllm-20261121.log", True), ("vllm.2026-11-21.log.gz", True),
+        ("vllm.log", False), ("vllm-8001.log", False), ("vllm-1.log", False), ("vllm.log.bak", False), ("vllm.log.old", False),
+        ("vllm.log.1.swp", False), ("other.log.1", False), ("vllm.log.gz", False), ("vllm2.log.1", False),
+    ],
+)  # fmt: skip
+def test_rotated_files_are_known_by_their_names(tmp_path: Path, name: str, is_one: bool) -> None:
+    (tmp_path / name).touch()
+    assert rotated(tmp_path / "vllm.log") == ([tmp_path / name] if is_one else [])

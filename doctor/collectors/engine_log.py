@@ -392,12 +392,13 @@ def _outputs(root: Path, pid: int, descriptors: Iterable[int] = (1, 2)) -> list[
         if not target.startswith("/"):  # a pipe, a socket
             found.setdefault(target, _Output(target))
             continue
-        inside = files.within(root / f"proc/{pid}/root", target)
+        name = target.removesuffix(" (deleted)")
+        inside = files.within(root / f"proc/{pid}/root", name)
         # The kernel's link leads to the open file itself, wherever it was renamed to, and out of any container.
         path = descriptor if real else inside
         state = _state_of(path)
         if state is not None and stat.S_ISREG(state.st_mode):
-            found.setdefault(target, _Output(target.removesuffix(" (deleted)"), path, inside))
+            found.setdefault(target, _Output(name, path, inside))
         else:
             found.setdefault(target, _Output(target))
     return list(found.values())

@@ -26,6 +26,9 @@ BESIDE_MAX = 64
 _ROTATED = re.compile(r"[.-]\d[\d._:TZ-]*?(?:\.gz)?")
 """`.1`, `.2.gz`, `-20261121`, `.2026-11-21_02-10`: logrotate, Docker, the kubelet, Python's handlers."""
 
+_DATED = re.compile(r"[.-]\d{4}-?\d\d-?\d\d[\d._:TZ-]*")
+"""Before the extension only a date will do: `vllm-8001.log` is the log of another engine."""
+
 
 class Lines(NamedTuple):
     """A run of whole lines, and where it stands."""
@@ -203,7 +206,7 @@ def _is_rotated(name: str, stem: str, suffix: str) -> bool:
     if _ROTATED.fullmatch(name.removeprefix(stem + suffix)):
         return True
     plain = name.removesuffix(".gz")
-    return bool(suffix) and plain.endswith(suffix) and _ROTATED.fullmatch(plain[len(stem) : -len(suffix)]) is not None
+    return bool(suffix) and plain.endswith(suffix) and _DATED.fullmatch(plain[len(stem) : -len(suffix)]) is not None
 
 
 def _is_zip(path: Path) -> bool:
