@@ -124,6 +124,9 @@ _OTHERS = frozenset({"timestamp", "index", "count", "driver_version", "compute_c
 
 _COLUMN = re.compile(r"[a-z][\w.]*(?: \[\S{1,8}\])?\s*$", re.IGNORECASE)
 _COMMAND = re.compile(r"\bnvidia-smi\b.*?--query-gpu[= ]([\w.,]+).*\bcsv\b")
+_WORD = r"[A-Za-z][\w.]*(?: \[[^\]\n]{1,8}\])?"
+_HEAD = re.compile(rf"^[ \t]*{_WORD}(?:, ?{_WORD})*[ \t\r]*$|^[^\n]*--query-gpu[^\n]*$", re.MULTILINE)
+"""A line that may be a table's head, or the command of one without."""
 _UNIT = re.compile(r"^(.*?) \[(\S{1,8})\]$")
 _STAMP = re.compile(r"(\d{4})/(\d\d)/(\d\d) (\d\d):(\d\d):(\d\d)")
 
@@ -138,26 +141,26 @@ class Columns(msgspec.Struct, frozen=True):
 
 def find(text: str) -> Iterator[tuple[int, int]]:
     """Yield start and end of each table, with the command above it where there is one."""
-    start: int | None = None
-    position = end = 0
-    columns: Columns | None = None
-    for line in text.splitlines(keepends=True):
-        plain = line.strip()
-        head = _columns_of(plain)
-        if head is not None and (start is None or head != columns):
-            if start is not None and end > start and columns is not None and len(columns.names) != len(head.names):
-                yield start, end
-                start = None
-            start = position if start is None else start
-            columns = head
-        elif start is not None and columns is not None and not _is_row(plain, columns) and plain:
-            yield start, end
-            start = columns = None
-        position += len(line)
-        if plain:
-            end = position
-    if start is not None:
-        yield start, end
+    end = 0
+    for head in _HEAD.finditer(text):
+        if head.start() < end:
+            continue
+        columns = _columns_of(head[0].strip())
+        if columns is None:
+            continue
+        end = position = min(head.end() + 1, len(text))
+        while position < len(text):
+            newline = text.find("\n", position)
+            following = len(text) if newline < 0 else newline + 1
+            line = text[position:following].strip()
+            if line:
+                again = _columns_of(line)
+                columns = again or columns
+                if again is None and not _is_row(line, columns):
+                    break
+                end = following
+            position = following
+        yield head.start(), end
 
 
 def reports(text: str) -> tuple[SmiReport, ...]:

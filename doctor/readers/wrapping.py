@@ -16,7 +16,7 @@ and the line after such a line begins with something."""
 
 _RECORD_BEGINNING = (
     rb"\s*\d{4}[-/]\d|(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\b|Traceback |Process |During handling |The above "
-    rb"|Killed\b|Aborted\b|Segmentation fault|Bus error"
+    rb"|Killed\b|Aborted\b|Segmentation fault|Bus error|NVRM: "
     rb"|Exception |frame #|File \"|Loading |Capturing |(?:[A-Za-z_]\w*\.){0,8}[A-Z]\w*(?:Error|Exception|Warning)\b|[A-Z][a-z]{2} [ \d]\d \d\d:"
     rb"|[\w.-]+\s+\| |[\w.-]+:\d+:\d+ "
 )
