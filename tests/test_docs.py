@@ -56,6 +56,6 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_every_command_of_the_readme_exists() -> None:
     from doctor.cli import cli
 
-    named = set(re.findall(r"^gpu-doctor (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"^gpu-doctor ([\w-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert named
     assert named <= set(cli.commands)
