@@ -11,7 +11,7 @@ from doctor.rule import Confidence, Evidence, Finding, Severity, Subject, rule
 from doctor.snapshot import Source
 from doctor.symptoms.engine_groups import gpus_of_engine
 from doctor.symptoms.engine_log import EngineLog, engine_logs
-from doctor.symptoms.stalls import Flat, Suspicion, Waits, flat_engines, suspicion, waits
+from doctor.symptoms.stalls import Flat, Halted, Suspicion, Waits, flat_engines, halted_engines, suspicion, waits
 
 KINDS = {"hardware": "the hardware", "collective": "a collective", "software": "software"}
 """Where an engine hangs, by the kind of suspicion, in words."""
@@ -41,10 +41,12 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     """Join the counters that stand still with the processes that say that they wait."""
     logs = engine_logs(history)
     flat = {stall.engine: stall for stall in flat_engines(history, limits.window_seconds)}
+    told: set[str] = set()
     for log in logs:
         waited = waits(log)
         stall = flat.pop(log.engine, None)
         if stall is not None or _is_stall(log, waited, limits):
+            told.add(log.engine)
             yield _finding(history, log.engine, log, waited, stall)
         elif waited.count and not waited.starting and _asked_for_work(waited) and not log.runs:
             # One wait at the end of a log that was given: what came after it, only somebody else knows.
@@ -55,6 +57,9 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
             yield _starting(log, waited)
     for engine, stall in flat.items():
         yield _finding(history, engine, None, None, stall)
+    for halted in halted_engines(history, limits.window_seconds):
+        if halted.engine not in told:
+            yield _finding(history, halted.engine, None, None, None, halted=halted)
 
 
 def _is_stall(log: EngineLog, waited: Waits, limits: Limits) -> bool:
@@ -92,7 +97,13 @@ def _starting(log: EngineLog, waited: Waits) -> Finding:
 
 
 def _finding(
-    history: History, subject: str, log: EngineLog | None, waited: Waits | None, stall: Flat | None
+    history: History,
+    subject: str,
+    log: EngineLog | None,
+    waited: Waits | None,
+    stall: Flat | None,
+    *,
+    halted: Halted | None = None,
 ) -> Finding:
     engine = next((e for e in history.latest.engines if e.id == subject), None)
     guess = suspicion(history, engine) if engine is not None else Suspicion("unknown", "")
@@ -112,21 +123,24 @@ def _finding(
     if log is not None and log.incident is not None and (timeouts := log.incident.having("rpc-timeout")):
         parts.append(f"until a call timed out ({timeouts[0].where})")
         evidence.append(Evidence(Source.ENGINE_LOG.value, timeouts[0].where, timeouts[0].text))
+    if halted is not None:
+        parts.append(f"a process of it has been stopped for {halted.seconds:.0f} s, and its counters are not seen")
     if guess.text:
         parts.append(guess.text if guess.kind == "unknown" else f"it is {KINDS[guess.kind]}: {guess.text}")
         evidence.append(Evidence(Source.PROCESSES.value, "ranks and their GPUs", f"{guess.kind}: {guess.text}"))
     both = stall is not None and waited is not None and bool(waited.events)
+    began = stall or halted
     first_wait = waited.events[0].at if waited is not None and waited.events else None
     return Finding(
         summary="The engine makes no step: " + "; ".join(parts),
         evidence=tuple(evidence),
         confidence=Confidence.HIGH
-        if both or (stall is not None and guess.kind != "unknown")
+        if both or (began is not None and guess.kind != "unknown")
         else _alone(waited, stall),
         subject=Subject(
             engine=subject, ranks=guess.ranks, gpus=gpus_of_engine(history, subject) or guess.gpus, pids=guess.pids
         ),
-        since=stall.since if stall is not None else first_wait,
+        since=began.since if began is not None else first_wait,
         facts=({"log": log.log} if log is not None else {}) | ({"pid": str(guess.pids[0])} if guess.pids else {}),
     )
 

@@ -73,6 +73,19 @@ def test_a_process_that_is_stopped_stalls_the_next_request_too() -> None:
     assert nodes.report(visits[:-2], RULES).findings == ()
 
 
+def test_a_server_that_is_stopped_answers_nobody() -> None:
+    visits = nodes.each(nodes.healthy("hgx-h100-4", visits=6), lambda s: nodes.with_engine(s, state="stopped"))
+    blind = nodes.each(visits, lambda s: nodes.unseen(s, Source.ENGINE_METRICS, why=Why.TIMED_OUT))
+    told = stall_of(nodes.report(blind, RULES))
+    assert told.summary == (
+        "The engine makes no step: a process of it has been stopped for 75 s, and its counters are not seen; it is "
+        "software: its server (pid 1000) is stopped, by a signal or a debugger"
+    )
+    assert (told.severity, told.since, told.subject.pids) == (Severity.CRITICAL, visits[0].at, (1000,))
+    assert "engine-stalled" not in [f.finding.failure_mode for f in nodes.report(visits, RULES).findings]
+    assert "engine-stalled" not in [f.finding.failure_mode for f in nodes.report(blind[:4], RULES).findings]
+
+
 def test_an_idle_engine_whose_processes_only_sleep_is_well() -> None:
     visits = nodes.each(drills.visits("hgx-h100-4", "engine-stalled:kind=software", seconds=MINUTE), unasked)
     assert nodes.report(visits, RULES).findings == ()

@@ -458,6 +458,7 @@ class Processes:
             oom_kills_total=oom_kills,
             shared_memory=_shared_memory(self.root, front.pid),
             cpu_seconds=front.cpu_seconds,
+            state=front.state,
         )
 
     def _environment(self, front: Process) -> dict[str, str] | Absent:

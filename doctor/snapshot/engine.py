@@ -177,6 +177,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where its log was found: a path, `journal:UNIT`, `journal:FIELD=value`, `docker:ID`. `EngineEvent.log` refers to this."""
     cpu_seconds: Maybe[float] = NOT_ASKED
     """Of the front process; use its growth."""
+    state: Maybe[str] = NOT_ASKED
+    """Of the front process, as `Rank.state`."""
     identity: str = ""
     """Its name from before the wall clock was set, which moved its start; empty: the clock was not set."""
 

@@ -95,15 +95,44 @@ def flat_engines(history: History, window_seconds: float, visits_min: int = 3) -
     return tuple(flat for flat in found if flat is not None and flat.seconds >= window_seconds)
 
 
+class Halted(msgspec.Struct, frozen=True):
+    """An engine of which a process was stopped, and whose counters nobody sees."""
+
+    engine: str
+    seconds: float
+    """From the first visit that saw it stopped to the last."""
+    since: float
+
+
+def halted_engines(history: History, window_seconds: float, visits_min: int = 3) -> tuple[Halted, ...]:
+    """Return the engines of which a process was stopped at every visit of the window, where no counters tell more."""
+    counted = {page.engine for page in history.latest.metrics}
+    found: list[Halted] = []
+    for engine in history.latest.engines:
+        since = _halted_since(history, engine.id)
+        visits = sum(snapshot.at >= since for snapshot in history.snapshots)
+        if engine.id not in counted and visits >= visits_min and history.now - since >= window_seconds:
+            found.append(Halted(engine.id, history.now - since, since))
+    return tuple(found)
+
+
 def _halted_since(history: History, engine: str) -> float:
     """Return the first visit since when a process of the engine is stopped; infinity: none is."""
     since = math.inf
     for snapshot in reversed(history.snapshots):
         mine = next((e for e in snapshot.engines if e.id == engine), None)
-        if mine is not None and not any(rank.state in _STOPPED for rank in (*mine.ranks, *mine.cores)):
+        if mine is not None and not any(rank.state in _STOPPED for rank in _family(mine)):
             break
         since = snapshot.at if mine is not None else since
     return since
+
+
+def _family(engine: Engine) -> tuple[Rank, ...]:
+    """Return the engine's processes: ranks, engine cores, and its server."""
+    others = (*engine.ranks, *engine.cores)
+    if engine.pid in {rank.pid for rank in others}:
+        return others
+    return (*others, Rank(pid=engine.pid, title="its server", state=engine.state))
 
 
 def _flat(engine: str, pages: list[EngineMetrics], halted_since: float) -> Flat | None:
@@ -178,11 +207,11 @@ def suspicion(history: History, engine: Engine) -> Suspicion:
 
 def _by_process(history: History, engine: Engine) -> Suspicion | None:
     earlier = [e for s in history.snapshots[-2:-1] for e in s.engines if e.id == engine.id]
-    before = {rank.pid: rank.state for e in earlier for rank in (*e.ranks, *e.cores)}
+    before = {rank.pid: rank.state for e in earlier for rank in _family(e)}
     # A healthy process is in state D for moments, while it reads: only who stays there is stuck.
     stuck = [
         rank
-        for rank in (*engine.ranks, *engine.cores)
+        for rank in _family(engine)
         if known(rank.state) and rank.state in _HALTED and before.get(rank.pid, rank.state) == rank.state
     ]
     if not stuck:
