@@ -26,6 +26,7 @@ from doctor.snapshot import (
     OomKill,
     Recorder,
     Snapshot,
+    Source,
     Sxid,
     Xid,
     known,
@@ -400,7 +401,7 @@ def _of_the_collectors(snapshot: Snapshot) -> Iterator[Family]:
         "gpu_doctor_nvml_blocked_seconds",
         "How long NVML had not answered when the visit gave up waiting; 0: it answered.",
         (),
-        {(): snapshot.nvml_blocked_seconds} if snapshot.collectors else {},
+        {(): blocked} if (blocked := snapshot.nvml_blocked_seconds) or Source.NVML in snapshot.seen else {},
     )
 
 

@@ -135,6 +135,24 @@ def test_a_wrong_log_pattern_is_refused_with_its_place(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[collectors.stack]\ninterval_seconds = -1", "Expected `float` >= 0"),
+        ("[collectors.nvml]\ndeadline_seconds = 3600", "Expected `float` <= 60"),
+        ("[collectors.nvml]\ninterval_seconds = 30", "its counters would seem to stand still"),
+        ("[collectors.recorder]\ndeadline_seconds = 1", "no collector reads it"),
+        ("[collectors.nvlm]\ndeadline_seconds = 1", "'nvlm'"),
+        ("[collectors.nvml]\ndeadline = 1", "there is no setting `deadline`"),
+    ],
+)
+def test_a_pace_that_can_not_be_is_refused_with_its_place(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match=says) as e:
+        site(tmp_path, text)
+    assert "collectors" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
 def test_the_example_of_the_documentation_is_read_and_fits_the_rules(tmp_path: Path) -> None:
     page = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
     example = page.partition("```toml\n")[2].partition("```")[0]
