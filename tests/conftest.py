@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import NoReturn
 
 import pytest
+from hypothesis import settings
 
 from doctor import diagnose
+
+settings.register_profile("busy", deadline=None)  # no test may depend on the speed of the machine
+settings.load_profile("busy")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from doctor.recorder import flight
 from doctor.recorder.flight import FlightRecorder
 from doctor.recorder.folder import Bounds, Folder, RecorderError, Shelf
 from doctor.recorder.patch import difference, patched
@@ -373,6 +375,55 @@ def test_a_folder_that_can_not_be_made_is_told_and_the_daemon_goes_on(tmp_path: 
     assert in_time(lambda: recorder.state().failing_since == SMALL[0].at)
     assert recorder.state().failure == "Not a directory"
     recorder.close()
+
+
+def test_a_disk_that_comes_late_is_written_on_where_it_stood(tmp_path: Path) -> None:
+    state = written(tmp_path / "state", SMALL[:5])
+    away = state.rename(tmp_path / "away")
+    state.write_text("")  # nothing is mounted there yet
+    recorder = FlightRecorder(state, BOUNDS, keep_seconds=3600.0)
+    made = entries(SMALL[5:8])
+    recorder.keep(made[0])
+    assert in_time(lambda: recorder.state().failing_since is not None)
+    state.unlink()
+    away.rename(state)
+    recorder.keep(made[1])
+    recorder.keep(made[2])
+    assert in_time(lambda: recorder.state().failing_since is None)
+    recorder.close()
+    assert snapshots(state) == list(SMALL[:8])
+    assert [frame.number for frame, _ in Folder(state).walk(lambda _: False)] == list(range(1, 9))
+
+
+def test_a_disk_that_hangs_at_the_start_does_not_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = written(tmp_path / "state", SMALL[:5])
+    gate = threading.Event()
+    tail = Folder.tail
+
+    def hung(folder: Folder, seconds: float) -> tuple[int, tuple[Entry, ...]]:
+        gate.wait()
+        return tail(folder, seconds)
+
+    monkeypatch.setattr(Folder, "tail", hung)
+    monkeypatch.setattr(flight, "PATIENCE_SECONDS", 0.05)
+    recorder = FlightRecorder(state, BOUNDS, keep_seconds=3600.0)
+    assert recorder.past == ()
+    for entry in entries(SMALL[5:8]):
+        recorder.keep(entry)
+    assert in_time(lambda: recorder.state().failing_since == SMALL[5].at)
+    assert "a write has not returned" in recorder.state().failure
+    gate.set()
+    assert in_time(lambda: recorder.state().failing_since is None)
+    recorder.close()
+    assert snapshots(state) == list(SMALL[:8])
+    assert recorder.past == (), "nobody would take it any more"
+
+
+def test_a_second_daemon_is_refused_at_its_start(tmp_path: Path) -> None:
+    one = FlightRecorder(tmp_path, BOUNDS, keep_seconds=3600.0)
+    with pytest.raises(RecorderError, match="another gpu-doctor daemon records here"):
+        FlightRecorder(tmp_path, BOUNDS, keep_seconds=3600.0)
+    one.close()
 
 
 def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:

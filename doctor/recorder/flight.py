@@ -47,21 +47,23 @@ class FlightRecorder:
         self._changed = threading.Condition()
         self._waiting: deque[tuple[int, Entry]] = deque()
         self._number = 0
+        """Visits of this life."""
+        self._before: int | None = None
+        """Visits of earlier lives; None: the folder could not be read yet, and nothing may be written before it is."""
+        self._refusal: RecorderError | None = None
         self._failing_since: float | None = None
         self._failure = ""
         self._lost = 0
-        self._writing_since: float | None = None
+        self._writing_since: float | None = clock()
+        self._starts = True
         self._ends = False
-        try:
-            self._shelf.take()
-            folder = Folder(directory)
-            self._number, self.past = folder.tail(keep_seconds)
-            self.damaged = len(folder.unread)
-        except OSError:
-            pass  # told at the first visit that can't be written
-        self._first = self._number + 1
-        self._thread = threading.Thread(target=self._work, name="flight-recorder", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(keep_seconds,), name="flight-recorder", daemon=True)
         self._thread.start()
+        with self._changed:  # a disk that hangs must not hold the start either: then it is one without a past
+            self._changed.wait_for(lambda: not self._starts, PATIENCE_SECONDS)
+            self._starts = False
+            if self._refusal is not None:
+                raise self._refusal
 
     @property
     def positions(self) -> tuple[Position, ...]:
@@ -106,8 +108,13 @@ class FlightRecorder:
             self._changed.notify()
         self._thread.join(FAREWELL_SECONDS)
 
-    def _work(self) -> None:
-        while True:
+    def _work(self, keep_seconds: float) -> None:
+        self._begin(keep_seconds)
+        with self._changed:
+            self._writing_since = None
+            self._starts = False
+            self._changed.notify_all()
+        while self._refusal is None:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._ends)
                 if not self._waiting:
@@ -131,10 +138,32 @@ class FlightRecorder:
                 self._changed.wait()  # for the next visit
         self._shelf.close()
 
+    def _begin(self, keep_seconds: float) -> None:
+        """Take the folder, and read the past from it; what can't be done now is tried again at the first visit."""
+        try:
+            self._shelf.take()
+        except RecorderError as e:
+            self._refusal = e
+            return
+        except OSError:
+            return
+        folder = Folder(self.directory)
+        try:
+            before, past = folder.tail(keep_seconds)
+        except (OSError, RecorderError):
+            return
+        with self._changed:
+            self._before = before
+            if self._starts:
+                self.past, self.damaged = past, len(folder.unread)
+
     def _written(self, number: int, entry: Entry) -> str:
         """Write, and return why it failed; empty: it did not."""
         try:
-            self._shelf.write(entry, number, is_start=number == self._first)
+            if self._before is None:
+                self._shelf.take_again()
+                self._before, _ = Folder(self.directory).tail(0)
+            self._shelf.write(entry, self._before + number, is_start=number == 1)
         except OSError as e:
             return e.strerror or str(e)
         except RecorderError as e:

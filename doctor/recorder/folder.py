@@ -168,11 +168,15 @@ class Shelf:
             raise
         self._lock = lock
 
-    def write(self, entry: Entry, number: int, *, is_start: bool = False) -> None:
-        """Write a visit; when this returns, it is on the disk, and a power cut does not cost it."""
+    def take_again(self) -> None:
+        """Take the folder if it is not held, or somebody removed it. Raises RecorderError as `take` does."""
         if self._lock is None or not self._is_there(self.directory / "lock", self._lock):
             self.close()
             self.take()
+
+    def write(self, entry: Entry, number: int, *, is_start: bool = False) -> None:
+        """Write a visit; when this returns, it is on the disk, and a power cut does not cost it."""
+        self.take_again()
         if self._file is not None and (self._size >= self._segment_max or not self._is_there(self._path, self._file)):
             self._put_away()
         if self._file is None:
