@@ -228,6 +228,8 @@ class _Found(msgspec.Struct, frozen=True):
     front: Process
     kind: str
     family: tuple[Process, ...]
+    is_embedded: bool = False
+    """As `Engine.is_embedded`."""
 
 
 def _found(every: Iterable[Process]) -> list[_Found]:
@@ -262,8 +264,20 @@ def _found(every: Iterable[Process]) -> list[_Found]:
     for pid, kind in sorted(kinds.items()):
         process = by_pid[pid]
         if not any(parent in kinds for parent in _ancestors(process, by_pid)):
-            found.append(_Found(process, kind, tuple(below(process))))
+            is_embedded = engine_kind(process.arguments) is None and _is_python(by_pid.get(process.parent))
+            found.append(_Found(process, kind, tuple(below(process)), is_embedded))
     return found
+
+
+def _is_python(process: Process | None) -> bool:
+    """Whether a process is a program in Python, or an actor of Ray: what may have an engine core as its child.
+
+    Who takes in orphans (init, `tini`, a container's shim) is none.
+    """
+    if process is None:
+        return False
+    program = process.arguments[0].rpartition("/")[2] if process.arguments else process.name
+    return bool(_PYTHON.match(program)) or process.name.startswith(("python", "ray::"))
 
 
 def _ancestors(process: Process, by_pid: dict[int, Process]) -> Iterator[int]:
@@ -459,6 +473,7 @@ class Processes:
             shared_memory=_shared_memory(self.root, front.pid),
             cpu_seconds=front.cpu_seconds,
             state=front.state,
+            is_embedded=found.is_embedded,
         )
 
     def _environment(self, front: Process) -> dict[str, str] | Absent:

@@ -179,6 +179,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of the front process; use its growth."""
     state: Maybe[str] = NOT_ASKED
     """Of the front process, as `Rank.state`."""
+    is_embedded: bool = False
+    """A program that is no server runs it, with vLLM as a library: its engine core is all that is seen of it."""
     identity: str = ""
     """Its name from before the wall clock was set, which moved its start; empty: the clock was not set."""
 
@@ -193,6 +195,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
         While it ends it has not even that, and is known by the kernel's name for it; one of pasted evidence never had.
         """
+        if self.is_embedded:
+            return False
         if not self.command_line:
             return self.started_at > 0
         return len(self.command_line) == 1 and "::" in self.command_line[0]

@@ -28,7 +28,7 @@ def orphans(history: History, settle_seconds: float) -> tuple[Orphans, ...]:
     """
     by_server: dict[str, Orphans] = {}
     for core in history.latest.engines:
-        if not (core.is_left_over and any(title in word for title in CORES for word in core.command_line)):
+        if len(core.command_line) != 1 or not any(title in core.command_line[0] for title in CORES):
             continue
         server, since = _server_of(core, history)
         if server is None or since == history.now or history.now - since < settle_seconds:
@@ -44,7 +44,8 @@ def _server_of(core: Engine, history: History) -> tuple[Engine | None, float]:
     since = history.now
     for snapshot in reversed(history.snapshots):
         for engine in snapshot.engines:
-            if not engine.is_left_over and core.pid in {rank.pid for rank in (*engine.cores, *engine.ranks)}:
+            family = {rank.pid for rank in (*engine.cores, *engine.ranks)}
+            if engine.pid != core.pid and core.pid in family and not engine.is_left_over:
                 return engine, since
         if any(engine.id == core.id for engine in snapshot.engines):
             since = snapshot.at
