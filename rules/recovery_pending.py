@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from doctor.history import History
-from doctor.rule import Evidence, Finding, NoLimits, Severity, Subject, facts_of_gpu, rule
-from doctor.snapshot import Gpu, Source, known
+from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, facts_of_gpu, rule
+from doctor.snapshot import Gpu, NvidiaMessage, Source, known
 from doctor.symptoms.names import gpu_at, name_at
-from doctor.symptoms.xids import xid_events
+from doctor.symptoms.xids import of_this_boot, xid_events
 
 WORDS = {
     "reset": "a reset of the GPU",
@@ -34,7 +34,7 @@ REMEDIES = {
     limits=NoLimits(),
 )
 def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
-    """Take NVML's word; where NVML can't say, the last Xid 154 of the GPU. A reboot or "none" since then ends it."""
+    """Take NVML's word; where NVML can't say, the last Xid 154 of the GPU, or the driver's refusals. A reboot or "none" since then ends it."""
     asked: dict[str, tuple[str, Evidence, float | None]] = {}
     for event in xid_events(history):
         if event.code == 154 and event.first.recovery_action is not None:
@@ -45,6 +45,8 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
             proof = Evidence(Source.NVML.value, f"GPU {gpu.index}: recovery action", gpu.recovery_action)
             before = asked.get(gpu.pci_address)
             asked[gpu.pci_address] = (gpu.recovery_action, proof, before[2] if before else None)
+    if not asked:
+        yield from _refused(history)
     for pci_address, (action, proof, at) in asked.items():
         if action == "none":
             continue
@@ -55,6 +57,18 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding]:
             subject=Subject(gpus=(gpu.uuid,) if gpu else ()),
             since=at,
             facts=_facts(gpu, pci_address, action),
+        )
+
+
+def _refused(history: History) -> Iterator[Finding]:
+    """Take the driver's refusals to work on a GPU before it is reset, where neither NVML nor an Xid 154 tells of any."""
+    said = [e for e in of_this_boot(history) if isinstance(e, NvidiaMessage) and e.kind == "reset-required"]
+    if said:
+        yield Finding(
+            summary="The driver refuses work on a GPU until it is reset (NV_ERR_RESET_REQUIRED), and does not say on which",
+            evidence=(Evidence(Source.KERNEL_LOG.value, said[-1].where, said[-1].text),),
+            confidence=Confidence.MEDIUM,
+            since=said[0].at,
         )
 
 

@@ -418,3 +418,16 @@ def test_a_gpu_that_an_old_driver_could_not_start_is_missing_though_it_does_not_
 def test_what_dcgms_host_engine_logs_of_health_is_judged_like_its_tables(tmp_path: Path, words: str, mode: str) -> None:
     line = f"2026-11-21 10:00:00.000 ERROR [15:17] [[Health]] Detected a WARNING in health system {words}\n"
     assert first(tmp_path, line) == mode
+
+
+def test_a_part_of_the_query_that_lost_its_indentation_is_read(tmp_path: Path) -> None:
+    part = "Fabric\n    State : Completed\n    Status : {}\n"
+    assert first(tmp_path, part.format("Insufficient Resources")) == "nvswitch-fabric-fault"
+    assert judged(tmp_path, part.format("Success")).verdict is Verdict.CLEAR
+    assert first(tmp_path, "Remapped Rows\n    Pending : Yes\n") == "gpu-memory-faulty"
+
+
+def test_a_gpu_that_the_driver_refuses_until_it_is_reset_waits_for_its_reset(tmp_path: Path) -> None:
+    line = "[Sun Jan 11 09:52:01 2026] NVRM: nvAssertOkFailedNoLog: Assertion failed: {} returned from status @ channel.c:2874\n"
+    assert first(tmp_path, line.format("Reset required [NV_ERR_RESET_REQUIRED] (0x00000062)")) == "recovery-pending"
+    assert judged(tmp_path, line.format("Object not found [NV_ERR_OBJECT_NOT_FOUND] (0x57)")).verdict is Verdict.CLEAR

@@ -136,7 +136,8 @@ def read(paths: Sequence[Path], *, now: float, patterns: Sequence[LogPattern] = 
 
 READABLE = (
     "an engine's log, its /metrics page or command line, collect-env, config.json, dmesg or the journal, nvidia-smi "
-    "(-q, topo -m, topo -p2p r, nvlink -s, -L), lspci -nn or -vv, dcgmi diag or health, the fabric manager's log or state"
+    "(-q, -q -x, --query-gpu, topo -m, topo -p2p r, nvlink -s, -L), lspci -nn or -vv, dcgmi diag, health or nvlink -s, the fabric "
+    "manager's log or state"
 )
 
 
@@ -303,6 +304,7 @@ _KINDS = (
         ),
         nvidia_smi_q.find,
     ),
+    _Kind("smi-part", (b" : ",), nvidia_smi_q.find_bare),
     _Kind("smi-xml", (b"<nvidia_smi_log", b'<gpu id="'), nvidia_smi_xml.find),
     _Kind("p2p", (b"GPU0",), p2p_matrix.find),
     _Kind("topo", (b"GPU0",), topo_matrix.find),
@@ -357,6 +359,7 @@ _KINDS = (
 
 _SMI_REPORTS: Mapping[str, Callable[[str], tuple[nvidia_smi_q.SmiReport, ...]]] = {
     "smi-q": lambda text: (nvidia_smi_q.read(text),),
+    "smi-part": lambda text: (nvidia_smi_q.read_bare(text),),
     "smi-xml": lambda text: (nvidia_smi_xml.read(text),),
     "smi-table": lambda text: (nvidia_smi_table.read(text),),
     "smi-csv": nvidia_smi_csv.reports,

@@ -96,6 +96,7 @@ _NVIDIA = (
             r"|RPC (?:event )?history \(CPU|GSP RPC buffer contains)"  # what it dumps when the processor does not answer
         ),
     ),
+    ("reset-required", re.compile(r"NVRM: .*\[NV_ERR_RESET_REQUIRED\]")),
     (
         "init-failed",
         re.compile(

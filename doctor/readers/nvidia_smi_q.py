@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -124,6 +125,25 @@ class _Node:
 def find(text: str) -> Iterator[tuple[int, int]]:
     """Yield start and end of each `-q` log in *text*, and of parts of one (`-q -d TEMPERATURE`)."""
     return passages(text, _begins, _belongs, divides=_HEADING.match)
+
+
+_BARE_PART = re.compile(
+    r"^(?:Temperature|Fabric|ECC Errors|Remapped Rows|Retired [Pp]ages|(?:GPU )?Power Readings|Clocks (?:Event|Throttle) Reasons|MIG Mode)[ \t]*\n"
+    r"(?: {2,}\S[^\n]*(?:\n|\Z))+",
+    re.MULTILINE,
+)
+
+
+def find_bare(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each part of such a log that lost its indentation when it was pasted."""
+    for match in _BARE_PART.finditer(text):
+        if ": " in match[0]:
+            yield match.span()
+
+
+def read_bare(text: str) -> SmiReport:
+    """Return what such a part says."""
+    return read(textwrap.indent(text, "    "))
 
 
 def _begins(line: str) -> bool:

@@ -72,7 +72,7 @@ class NvidiaMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     where: str
     at: float | None = None
     kind: str
-    """`api-mismatch`, `init-failed`, `gpu-lost`, `gsp-timeout`, `module-loaded`, `module-unloaded`, `other`."""
+    """`api-mismatch`, `init-failed`, `gpu-lost`, `gsp-timeout`, `reset-required`, `module-loaded`, `module-unloaded`, `other`."""
     pci_address: str | None = None
     before_boot: bool = False
 
