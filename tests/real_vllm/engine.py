@@ -16,6 +16,9 @@ from daemons import await_true
 STARTING_SECONDS = 300.0
 """It starts in 20 s on two idle processors; a busy machine takes several times as long."""
 
+TOKENS = 200
+"""Of each answer."""
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -142,7 +145,7 @@ class Load:
                 self.answered += 1
 
     def _ask(self) -> None:
-        asked = {"model": "tiny", "prompt": "a b c", "max_tokens": 200, "ignore_eos": True, "stream": True}
+        asked = {"model": "tiny", "prompt": "a b c", "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         with contextlib.closing(connection):
             connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})

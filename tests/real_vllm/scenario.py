@@ -30,7 +30,7 @@ STATISTICS_SECONDS = 10.0
 """vLLM logs them so often."""
 
 REQUESTS = 12
-"""Served before the next thing happens, each of 200 tokens."""
+"""Served before the next thing happens."""
 
 STALL_SECONDS = 240.0
 """For a stall, which is judged over a minute."""
@@ -67,6 +67,7 @@ class Night:
                 self._await(daemon, "loaded", lambda: self._is_loaded_since(daemon, "ready"), STALL_SECONDS)
                 _copy_and_truncate(self.log, self.rotated)
                 self._note("rotated")
+                self._rest(daemon, "just rotated")
                 served = self._served(daemon)
                 self._await(daemon, "after rotation", lambda: self._served(daemon) >= served + REQUESTS, STALL_SECONDS)
                 self.answered = load.answered
