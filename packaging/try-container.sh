@@ -4,8 +4,8 @@
 #
 #   packaging/try-container.sh [ROOT]
 #
-# Needs root, buildah, podman and runc; no registry: the base image is made of ROOT, a Debian 12 tree with python3 and
-# python3-venv (made with debootstrap where it lacks; copied, not changed). Ends with 0 and `all steps passed`. A minute.
+# Needs root, buildah, podman, runc and debootstrap; no registry: the base image is made of ROOT, a tree of make-root.sh,
+# made where it lacks; it is copied, not changed. Ends with 0 and `all steps passed`. A minute.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 from=${1:-}
@@ -39,16 +39,11 @@ served() { curl --silent --fail --max-time 5 "http://127.0.0.1:$port$1"; }
 metric() { served /metrics >"$work/page" && grep -qE "$1" "$work/page"; }
 
 step "a base image without a registry"
-if [ -z "$from" ] || [ ! -e "$from/usr/bin/python3" ]; then
-    from=${from:-$work/root}
-    debootstrap --variant=minbase --include=python3,python3-venv bookworm "$from" >"$work/log" 2>&1 ||
-        { tail "$work/log"; exit 1; }
-fi
+from=${from:-$work/root}
+sh packaging/make-root.sh "$from"
 container=$(buildah from scratch)
 mounted=$(buildah mount "$container")
 tar -C "$from" --one-file-system -cf - . | tar -C "$mounted" -xf -
-chroot "$mounted" python3 -c 'import ensurepip' 2>/dev/null ||
-    chroot "$mounted" sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv' >/dev/null
 buildah unmount "$container" >/dev/null
 buildah commit --quiet --rm "$container" "$base" >/dev/null
 

@@ -4,19 +4,16 @@
 #
 #   packaging/try-in-systemd.sh OLD.deb NEW.deb [ROOT]
 #
-# Needs root, systemd-nspawn and debootstrap. ROOT: a Debian 12 tree with python3, systemd, systemd-sysv and dbus;
-# it is copied, not changed. Where it lacks, or is not given, one is made (a minute, 300 MB). Ends with 0 and
-# `all steps passed`, or tells the step that failed. 40 s.
+# Needs root, systemd-nspawn and debootstrap. ROOT: a tree of make-root.sh, made where it lacks; it is copied, not changed.
+# Ends with 0 and `all steps passed`, or tells the step that failed. 40 s.
 set -euo pipefail
-old=$1 new=$2 from=${3:-}
+old=$(realpath "$1") new=$(realpath "$2") from=${3:-}
+cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 root=$work/root
-if [ -z "$from" ] || [ ! -e "$from/sbin/init" ]; then
-    from=${from:-$work/from}
-    debootstrap --variant=minbase --include=python3,systemd,systemd-sysv,dbus bookworm "$from" >"$work/log" 2>&1 ||
-        { tail "$work/log"; exit 1; }
-fi
+from=${from:-$work/from}
+sh packaging/make-root.sh "$from"
 cp -a "$from" "$root"
 cp "$old" "$root/old.deb"
 cp "$new" "$root/new.deb"

@@ -4,17 +4,15 @@
 #   packaging/try-rpm.sh OLD.rpm NEW.rpm [ROOT]
 #
 # Needs root, rpm, systemd-nspawn and debootstrap. ROOT as for try-in-systemd.sh: a Debian tree, whose rpm database is
-# empty, so that dependencies are not asked for; they are told. Ends with 0 and `all steps passed`. 20 s.
+# empty: what the package requires is told, not asked for. Ends with 0 and `all steps passed`. 20 s.
 set -euo pipefail
-old=$1 new=$2 from=${3:-}
+old=$(realpath "$1") new=$(realpath "$2") from=${3:-}
+cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 root=$work/root
-if [ -z "$from" ] || [ ! -e "$from/sbin/init" ]; then
-    from=${from:-$work/from}
-    debootstrap --variant=minbase --include=python3,systemd,systemd-sysv,dbus bookworm "$from" >"$work/log" 2>&1 ||
-        { tail "$work/log"; exit 1; }
-fi
+from=${from:-$work/from}
+sh packaging/make-root.sh "$from"
 cp -a "$from" "$root"
 step() { echo "trial: $*"; }
 fail() {
