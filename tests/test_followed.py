@@ -5,11 +5,14 @@ The nodes are simulated, the clock is turned by hand; tests/test_nvml.py has the
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 
 import drills
 
 from doctor.diagnose import watch
+from doctor.feeds import live, simulated
 from doctor.report import Report
 from doctor.rule import Severity
 from doctor.simulation.profiles import PROFILES
@@ -103,3 +106,53 @@ def test_an_engine_that_ends_is_gone_and_its_model_with_it() -> None:
     assert after.snapshot.engines == ()
     assert after.snapshot.why_unseen(Source.MODEL).why is Why.NOT_PRESENT  # type: ignore[union-attr]
     assert "engine-crashed" in alarms(after)
+
+
+class TestEngines:
+    def test_one_that_is_restarted_is_another_one_whose_model_and_versions_are_read_at_once(
+        self, tmp_path: Path
+    ) -> None:
+        drill = simulated.drill_of("dgx-h100-4of8")
+        world = simulated.World(drill, tmp_path)
+        world.advance()
+        now = [drill.started_at]
+        clocks = live.Clocks(lambda: now[0], lambda: now[0], lambda seconds: now.append(now.pop() + seconds))
+        visits = live.every(15.0, world.collectors, 4, clocks=clocks)
+        try:
+            first, second = next(visits), next(visits)
+            pids = (drill.engine.front_pid, drill.engine.core_pid, *drill.engine.rank_pids)
+            for pid in pids:
+                rename(tmp_path / "proc", pid, pids)
+            restarted = next(visits)
+            for pid in pids:
+                shutil.rmtree(tmp_path / f"proc/{pid + MOVED}")
+            gone = next(visits)
+        finally:
+            visits.close()  # type: ignore[attr-defined]
+            world.close()
+        (before,), (same,), (after,) = first.engines, second.engines, restarted.engines
+        assert before.id == same.id != after.id
+        assert after.pid == before.pid + MOVED
+        assert [rank.pid for rank in after.ranks] == [rank.pid + MOVED for rank in before.ranks]
+        assert (after.model, after.stack, after.log) == (before.model, before.stack, before.log)
+        assert known(after.model.layers)
+        ages = {s.at: {run.source: run.age_seconds for run in s.collectors} for s in (second, restarted)}
+        assert ages[second.at][Source.MODEL] == ages[second.at][Source.STACK] == 15.0
+        assert ages[restarted.at][Source.MODEL] == ages[restarted.at][Source.STACK] == 0.0
+        assert gone.engines == ()
+        assert gone.why_unseen(Source.MODEL).why is Why.NOT_PRESENT  # type: ignore[union-attr]
+
+
+MOVED = 10000
+
+
+def rename(proc: Path, pid: int, pids: Iterable[int]) -> None:
+    """Let a process be a later one of the same program: another pid and start."""
+    stat = (proc / f"{pid}/stat").read_text()
+    head, _, rest = stat.rpartition(") ")
+    state, parent, *words = rest.split()
+    parent = str(int(parent) + MOVED) if int(parent) in pids else parent
+    words[17] = str(int(words[17]) + 100_000)  # starttime
+    (proc / str(pid)).rename(proc / str(pid + MOVED))
+    text = f"{head.replace(str(pid), str(pid + MOVED), 1)}) {' '.join([state, parent, *words])}\n"
+    (proc / f"{pid + MOVED}/stat").write_text(text)
