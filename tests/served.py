@@ -84,8 +84,9 @@ def recorder(directory: str) -> flight.FlightRecorder:
         really(file)
 
     os.fdatasync = sync
+    made = flight.FlightRecorder(Path(directory), Bounds(max_bytes=8 << 20, max_age_seconds=86400.0), keep_seconds=3600)
     flight.PATIENCE_SECONDS = flight.FAREWELL_SECONDS = 0.5
-    return flight.FlightRecorder(Path(directory), Bounds(max_bytes=8 << 20, max_age_seconds=86400.0), keep_seconds=3600)
+    return made
 
 
 if __name__ == "__main__":

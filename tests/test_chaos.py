@@ -1,6 +1,6 @@
 """The whole daemon as a program while its disk fails, its descriptors run out, and somebody kills it again and again.
 
-`CHAOS=full pytest tests/test_chaos.py` is the whole drill: thirty deaths instead of three.
+`CHAOS=full pytest tests/test_chaos.py` is the whole drill: thirty deaths instead of three, and a flood of the kernel log.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import PROGRAM, Daemon, await_true, running
+from daemons import PATIENCE_SECONDS, PROGRAM, Daemon, await_true, running
 from roots import BOOT, Root
 
 from doctor.recorder.folder import Folder
 from doctor.recorder.timeline import timeline
 
-DEATHS = 30 if os.environ.get("CHAOS") == "full" else 3
+FULL = os.environ.get("CHAOS") == "full"
+DEATHS = 30 if FULL else 3
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount, and own a folder that is trusted")
 
@@ -57,7 +58,7 @@ def visits(daemon: Daemon) -> float:
 
 def await_visits(daemon: Daemon, number: int = 2) -> None:
     before = visits(daemon)
-    await_true(lambda: visits(daemon) >= before + number)
+    await_true(lambda: visits(daemon) >= before + number, PATIENCE_SECONDS + 2 * number)
 
 
 def events(daemon: Daemon, name: str) -> list[dict[str, object]]:
@@ -202,13 +203,14 @@ class Node:
             "--state-dir", str(self.state), "--listen", "127.0.0.1:0",
         )  # fmt: skip
 
-    def xid(self) -> None:
-        self.xids += 1
+    def xid(self, number: int = 1) -> None:
         microseconds = int((time.time() - BOOT) * 1e6)
         with self.kmsg.open("a") as file:
-            file.write(
-                f"3,{self.xids},{microseconds},-;NVRM: Xid (PCI:0000:18:00): 13, pid=7, name=python3, Graphics\n"
-            )
+            for _ in range(number):
+                self.xids += 1
+                gpu, code = 0x18 + self.xids % 8, (13, 31, 43)[self.xids % 3]
+                text = f"NVRM: Xid (PCI:0000:{gpu:02x}:00): {code}, pid={self.xids}, name=p{self.xids}, Graphics"
+                file.write(f"3,{self.xids},{microseconds},-;{text}\n")
 
     def lease(self) -> None:
         self.leases += 1
@@ -361,8 +363,23 @@ def test_a_daemon_without_descriptors_lives_says_so_and_recovers(node: Node) -> 
 
 def test_nothing_is_said_twice_while_nothing_changes(node: Node) -> None:
     with running(*node.arguments) as daemon:
-        await_visits(daemon, 10)
+        await_visits(daemon, 6)
         before = len(daemon.log)
-        await_visits(daemon, 20)
+        await_visits(daemon, 200 if FULL else 12)
         assert daemon.log[before:] == []
         assert daemon.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.skipif(not FULL, reason="takes ten seconds; test_floods.py is the short one")
+def test_a_flood_of_the_kernel_log_is_counted_and_holds_up_nothing(node: Node) -> None:
+    with running(*node.arguments) as daemon:
+        await_visits(daemon)
+        node.xid(100_000)
+        await_true(lambda: counted(daemon, "gpu_doctor_xids_total") == 100_000, 120.0)
+        told = samples(daemon)
+        assert len([name for name in told if name.startswith("gpu_doctor_xids_total")]) == 24
+        assert len(told) < 2000
+        memory = {name: value for name, value in told.items() if name.startswith("gpu_doctor_process_resident_memory")}
+        assert 0 < sum(memory.values()) < 300e6, memory
+        await_visits(daemon)
+        assert len(daemon.get("/report")[2]) < 500_000
