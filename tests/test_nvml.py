@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from switched_nvml import Spec
 
+from doctor.collectors import nvml
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
 from doctor.collectors.nvml import FEED_MARGIN_SECONDS, NvmlCollector
 from doctor.collectors.nvml_words import fabric_faults
@@ -595,6 +596,21 @@ class TestSilence:
         assert "Xid 119" in e.why.detail
         assert collector.child_pid is None
 
+    @pytest.mark.parametrize("answered", [True, False])
+    def test_a_clock_that_is_set_makes_no_old_xid_new_and_no_new_one_old(self, answered: bool, node: Node) -> None:
+        collector = node("l40s-4")
+        address = gpus(collector)[1].pci_address
+        assert known(address)
+        at = time.time() - 7200  # the clock is set back by two hours
+        if answered:
+            collector.collect(Visit(at=at))
+        collector.heed(Snapshot(at=at, clock_stepped_seconds=-7200.0))
+        heed(collector, xid(79, address, at=at - 60))
+        assert gpus(collector)[1].lost is False
+        collector.collect(Visit(at=at + 1))
+        heed(collector, xid(79, address, at=at + 60))
+        assert gpus(collector)[1].lost is not False
+
     def test_a_gsp_timeout_before_a_good_answer_is_past(self, node: Node) -> None:
         collector = node("hgx-h100-8")
         look(collector)
@@ -764,6 +780,18 @@ class TestChaos:
         os.kill(collector.child_pid, number)
         collector.deadline_seconds = 1.0 + FEED_MARGIN_SECONDS
         unseen(collector)
+        assert len(seen_again(collector).fields["gpus"]) == 4
+
+    def test_a_child_that_hangs_outside_the_kernel_is_given_up_in_the_end(
+        self, switched: Switched, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        collector, switches = switched("l40s-4")
+        monkeypatch.setattr(nvml, "PROBE_SECONDS", 0.5)
+        (switches / "hang").touch()
+        collector.deadline_seconds = 0.2 + FEED_MARGIN_SECONDS
+        while collector.child_pid is not None:
+            assert unseen(collector).why.why is Why.TIMED_OUT
+        (switches / "hang").unlink()
         assert len(seen_again(collector).fields["gpus"]) == 4
 
     def test_no_descriptor_left_costs_the_visits_without_one(self, switched: Switched) -> None:

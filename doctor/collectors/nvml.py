@@ -171,7 +171,8 @@ class NvmlCollector:
     def _heed(self) -> None:
         while self._unheeded:
             snapshot = self._unheeded.popleft()
-            self._answered_visit += snapshot.clock_stepped_seconds
+            if self._answered_visit != snapshot.at:  # else it is of after the step
+                self._answered_visit += snapshot.clock_stepped_seconds
             self._look_for_returned(snapshot)
             for event in snapshot.kernel:
                 if isinstance(event, Xid) and not event.before_boot:
