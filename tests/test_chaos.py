@@ -1,6 +1,7 @@
 """The whole daemon as a program while its disk fails, its descriptors run out, and somebody kills it again and again.
 
-`CHAOS=full pytest tests/test_chaos.py` is the whole drill: thirty deaths instead of three, and a flood of the kernel log.
+`CHAOS=full pytest tests/test_chaos.py` is the whole drill: thirty deaths instead of three, ten of a simulated node, and a
+flood of the kernel log.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def test_a_disk_that_fails_or_hangs_holds_up_nothing_and_loses_nothing(tmp_path:
     state, disk = tmp_path / "state", tmp_path / "state.disk"
     with running(PROGRAM, "clear", "0.05", "127.0.0.1:0", "", str(state)) as daemon:
         await_visits(daemon)
-        for fault in ("ENOSPC", "EROFS", "hung", "EIO"):
+        for fault in ("ENOSPC", "EROFS", "hung"):
             disk.write_text(fault)
             await_true(lambda: failure_modes(daemon) == {"recorder-failing"})
             await_visits(daemon, 5)
@@ -83,11 +84,11 @@ def test_a_disk_that_fails_or_hangs_holds_up_nothing_and_loses_nothing(tmp_path:
         await_true(lambda: failure_modes(daemon) == {"recorder-failing"})
         assert daemon.end() == 0, "a hung disk does not hold the end of the program"
     told = [str(event["event"]) for event in daemon.log if str(event["event"]).startswith("finding")]
-    assert told.count("finding appeared") <= 5, "once a fault"
+    assert told.count("finding appeared") <= 4, "once a fault"
     folder = Folder(state)
     numbers = [frame.number for frame, _ in folder.walk(lambda _: False)]
     assert numbers == list(range(1, len(numbers) + 1))
-    assert len(numbers) > 4 * 5
+    assert len(numbers) > 3 * 5
     assert folder.unread == []
     assert timeline(folder).gaps == ()
 
@@ -315,12 +316,13 @@ def test_a_daemon_that_is_killed_again_and_again_goes_on_where_it_stood(node: No
     assert all(unread.why.endswith("broken off") for unread in folder.unread)
 
 
-def test_a_simulated_node_keeps_its_findings_over_a_kill(tmp_path: Path) -> None:
+@pytest.mark.skipif(not FULL, reason="each life of a simulated node takes seconds; the test above is the short one")
+def test_a_simulated_node_keeps_its_findings_over_ten_kills(tmp_path: Path) -> None:
     arguments = ("-m", "doctor", "daemon", "--simulate", "h100-pcie-4", "--fault", "pcie-width:gpu=1,width=8")
     arguments += ("--interval", "0.3", "--state-dir", str(tmp_path / "state"), "--listen", "127.0.0.1:0")
     told: list[list[str]] = []
     made: list[float] = []
-    for _ in range(2):
+    for _ in range(10):
         with running(*arguments) as daemon:
             await_true(lambda: "pcie-link-degraded" in failure_modes(daemon))
             made.append(visits(daemon))
@@ -328,8 +330,8 @@ def test_a_simulated_node_keeps_its_findings_over_a_kill(tmp_path: Path) -> None
             killed(daemon)
         told.append([str(event["failure_mode"]) for event in events(daemon, "finding appeared")])
     assert "pcie-link-degraded" in told[0]
-    assert "pcie-link-degraded" not in told[1]
-    assert made[1] > made[0]
+    assert all("pcie-link-degraded" not in events for events in told[1:])
+    assert all(one < other for one, other in pairwise(made))
 
 
 # Descriptors -----------------------------------------------------------------------------------------------------
