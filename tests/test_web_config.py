@@ -402,13 +402,14 @@ def test_a_real_prometheus_comes_in(daemon_of: Start, folder: Path) -> None:
     with_key = f"  cert_file: {folder}/scraper.pem\n  key_file: {folder}/scraper.key\n"
     with_password = f"basic_auth:\n  username: prometheus\n  password: {PASSWORD}\n"
     users = f"basic_auth_users:\n  prometheus: {HASH}\n"
+    mutual, password = daemon_of(TLS + MUTUAL), daemon_of(users)
     jobs = {
         "tls": (daemon_of(TLS), with_ca),
-        "mutual": (daemon_of(TLS + MUTUAL), with_ca + with_key),
-        "password": (daemon_of(users), with_password),
+        "mutual": (mutual, with_ca + with_key),
+        "password": (password, with_password),
         "both": (daemon_of(TLS + users), with_ca + with_password),
-        "stranger": (daemon_of(TLS + MUTUAL), with_ca),
-        "forgetful": (daemon_of(users), with_password.replace(PASSWORD, "x")),
+        "stranger": (mutual, with_ca),
+        "forgetful": (password, with_password.replace(PASSWORD, "x")),
     }
     with prometheus(folder, jobs) as asked:
         await_true(lambda: len(asked('gpu_doctor_finding{failure_mode="gpu-lost"}')) == 4)
@@ -424,7 +425,7 @@ def test_a_client_that_never_shakes_hands_holds_up_nobody(daemon_of: Start, fold
     try:
         began = time.monotonic()
         await_true(lambda: daemon.ask("/healthz", tls=client(folder))[0] == 200)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < server.REQUEST_SECONDS, "it waits for none of them"
     finally:
         for each in silent:
             each.close()
