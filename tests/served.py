@@ -17,6 +17,7 @@ import msgspec
 import reports
 
 from doctor import daemon
+from doctor.door import server
 from doctor.door.address import DoorError, address
 from doctor.history import History
 from doctor.readers import runbook
@@ -92,6 +93,7 @@ def recorder(directory: str) -> flight.FlightRecorder:
 if __name__ == "__main__":
     script, interval, *more = sys.argv[1:]
     listen, web_config, state = [*more, *("127.0.0.1:0", "", "")[len(more) :]]
+    server.FOLLOW_SECONDS = 0.1  # who changes the web configuration waits for it
     try:
         daemon.run(
             visits(script, float(interval)),
