@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from doctor.door.address import Address, DoorError, address
 from doctor.door.board import Board
-from doctor.door.desk import Desk
+from doctor.door.desk import WANTED_SECONDS, Desk, Form, Press, Shown
 from doctor.rule import Evidence
 from doctor.snapshot import Absent, Source, Unseen, Why
 from exporters import html
-from exporters.prometheus import Own, Tally
+from exporters.prometheus import OPENMETRICS, Family, Own, Tally, Writer, families
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,33 @@ def test_a_report_is_fresh_for_three_intervals() -> None:
     assert board.fresh() is None
     board.put(report)
     assert board.fresh() is report
+
+
+def test_a_page_is_made_in_the_forms_that_were_asked_for_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    made: list[object] = []
+    press = Press(clock=lambda: now)
+    report = reports.clear()
+    told = tuple(families(report, Tally(), Own(version="0")))
+    really = Writer.page
+
+    def page(writer: Writer, families: Iterable[Family]) -> bytes:
+        made.append(writer)
+        return really(writer, families)
+
+    monkeypatch.setattr(Writer, "page", page)
+    shown = Shown(report, told, press, "0")
+    assert not made, "nobody asked yet"
+    form = Form(OPENMETRICS, zipped=True)
+    press.ask(form)
+    first = shown.metrics(form)
+    assert (gzip.decompress(first)[-6:], len(made)) == (b"# EOF\n", 1)
+    shown = Shown(report, told, press, "0")
+    assert len(made) == 2, "made ready"
+    assert (shown.metrics(form), len(made)) == (first, 2)
+    now += WANTED_SECONDS + 1
+    Shown(report, told, press, "0")
+    assert len(made) == 2, "forgotten"
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on this machine")
