@@ -7,6 +7,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from doctor.collectors.host import THREADS_SECONDS, BlockedThreads
 from doctor.collectors.tasks import KERNEL_THREAD, PASSED_OVER_SECONDS, Task, Tasks, task_of
 
 
@@ -56,3 +57,21 @@ def test_threads_of_the_kernel_that_matter_are_told_each_time(tmp_path: Path) ->
     assert [task.name for task in tasks] == ["nv_queue"]
     put(tmp_path, 10, "nv_queue", state="D", flags=KERNEL_THREAD)
     assert [task.state for task in tasks] == ["D"]
+
+
+def test_threads_of_engines_are_looked_at_twice_a_minute_and_each_time_while_one_hangs(tmp_path: Path) -> None:
+    now = 0.0
+    threads = BlockedThreads(clock=lambda: now)
+
+    def hangs(state: str) -> bool:
+        (tmp_path / "100").mkdir(exist_ok=True)
+        (tmp_path / "100/stat").write_text(f"100 (worker) {state} 2 0 0 0 -1 0 0 0 0 0 3 7 0 0 20 0 1 0 4711 0 0\n")
+        return threads.among(7, str(tmp_path))
+
+    assert not hangs("S")
+    assert not hangs("D"), "not looked at"
+    now += THREADS_SECONDS
+    assert hangs("D")
+    assert not hangs("S"), "looked at, since one hung"
+    threads.forget_all_but(())
+    assert hangs("D"), "another process of this number"

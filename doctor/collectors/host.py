@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 from doctor.collectors import files
@@ -188,14 +190,43 @@ def _driver_gpu(address: str, facts: Maybe[dict[str, str]]) -> DriverGpu:
 # Tasks and memory ------------------------------------------------------------------------------------------------
 
 
-def blocked_tasks(root: Path, tasks: Iterable[Task], engine_pids: frozenset[int]) -> Maybe[tuple[BlockedTask, ...]]:
+THREADS_SECONDS = 30.0
+"""How often the threads of an engine's processes are looked at: hundreds each, and a hang lasts. guess"""
+
+
+class BlockedThreads:
+    """Which processes of engines have a thread that hangs in the kernel. One that has is looked at again each time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[int, tuple[float, bool]] = {}
+        """By process: when its threads were looked at, and whether one hung."""
+
+    def among(self, pid: int, folder: str) -> bool:
+        """Whether one of the threads in *folder* hangs, as it was when they were last looked at."""
+        looked_at, hung = self._seen.get(pid, (-math.inf, False))
+        now = self._clock()
+        if hung or now - looked_at >= THREADS_SECONDS:
+            hung = "D" in _states_of_threads(folder)
+            self._seen[pid] = now, hung
+        return hung
+
+    def forget_all_but(self, pids: Container[int]) -> None:
+        """Forget processes that are no engine's any more: their numbers may be given to others."""
+        self._seen = {pid: seen for pid, seen in self._seen.items() if pid in pids}
+
+
+def blocked_tasks(
+    root: Path, tasks: Iterable[Task], threads: BlockedThreads, engine_pids: frozenset[int]
+) -> Maybe[tuple[BlockedTask, ...]]:
     """Return the tasks in state D that are the driver's, its tools' or an engine's; *tasks*: the processes."""
     blocked: list[BlockedTask] = []
     proc = root / "proc"
+    threads.forget_all_but(engine_pids)
     try:
         for task in tasks:
             if task.pid in engine_pids:
-                hangs = task.state == "D" or "D" in _states_of_threads(f"{proc}/{task.pid}/task")
+                hangs = task.state == "D" or threads.among(task.pid, f"{proc}/{task.pid}/task")
             else:
                 hangs = task.state == "D" and _is_of_driver(task.name)
             if hangs:
@@ -250,6 +281,7 @@ class HostState:
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
         self._tasks = Tasks(root, of_kernel=_is_of_driver)
+        self._threads = BlockedThreads()
 
     def collect(self, visit: Visit) -> Reading:
         """Look at the host. Raises CannotSeeError when there is neither /sys nor /proc."""
@@ -269,7 +301,7 @@ class HostState:
             pci_devices=devices,
             driver_module=driver_module(root),
             driver_gpus=driver_gpus(root),
-            blocked_tasks=blocked_tasks(root, self._tasks, engine_pids),
+            blocked_tasks=blocked_tasks(root, self._tasks, self._threads, engine_pids),
             iommu=iommu(root, addresses),
             memory_total_bytes=files.maybe(meminfo, lambda text: _memory_bytes(text, "MemTotal")),
             memory_available_bytes=files.maybe(meminfo, lambda text: _memory_bytes(text, "MemAvailable")),
