@@ -12,7 +12,7 @@ import torrent
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from doctor.collectors import engine_log
+from doctor.collectors import engine_log, following
 from doctor.collectors.collector import Visit
 from doctor.collectors.engine_log import EngineLogs
 from doctor.collectors.following import OUTLIVES_SECONDS, FollowedFile
@@ -220,6 +220,47 @@ def test_a_backlog_is_said_and_caught_up_with(tmp_path: Path, monkeypatch: pytes
     ]
     assert late[0].what == "end of /vllm.log"
     assert readings[-1].unseen == ()
+
+
+def test_of_more_than_may_wait_the_oldest_is_given_up_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "vllm.log"
+    log.touch()
+    logs = EngineLogs(tmp_path, logs=("/vllm.log",))
+    logs.collect(Visit(at=0.0))
+    for n in range(3):
+        log.write_bytes(b"INFO:     served it well\n" * 40_000 + torrent.FATAL.format(n).encode())
+        log.rename(tmp_path / f"vllm.log.{9 - n}")
+        os.utime(tmp_path / f"vllm.log.{9 - n}", (n, n))
+    log.write_bytes(torrent.FATAL.format(3).encode())
+    monkeypatch.setattr(following, "BACKLOG_BYTES", 1_500_000)
+    reading = logs.collect(Visit(at=0.0))
+    again = logs.collect(Visit(at=0.0))
+    logs.close()
+    told = [event.text.rpartition("#")[2] for event in reading.fields["engine_events"]]
+    assert told == ["1", "2", "3"]
+    assert [(str(unseen.why), unseen.what) for unseen in reading.unseen] == [
+        ("passed over: more waited than may wait: the oldest 2 MB are not read", "part of /vllm.log")
+    ]
+    assert again.unseen == ()
+
+
+def test_a_log_that_lagged_gets_what_the_others_leave_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("busy.log", "quiet.log"):
+        (tmp_path / name).touch()
+    logs = EngineLogs(tmp_path, logs=("/busy.log", "/quiet.log"))
+    logs.collect(Visit(at=0.0))
+    (tmp_path / "busy.log").write_bytes(b"INFO:     served it well\n" * 200_000)
+    monkeypatch.setattr(engine_log, "READ_SECONDS", 0.0)
+    assert [unseen.what for unseen in logs.collect(Visit(at=0.0)).unseen] == ["end of /busy.log"]
+    monkeypatch.setattr(engine_log, "READ_SECONDS", 60.0)
+    reading = logs.collect(Visit(at=0.0))
+    assert reading.unseen == ()
+    assert [state.log for state in reading.fields["logs"]] == ["/busy.log", "/quiet.log"]
+    logs.close()
 
 
 def test_a_traceback_that_a_rotation_cuts_is_told_whole(tmp_path: Path) -> None:

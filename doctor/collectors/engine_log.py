@@ -66,6 +66,11 @@ class _Log(Protocol):
         ...
 
     @property
+    def passed_over_bytes(self) -> int:
+        """What the last reading gave up, because it was more than may wait."""
+        ...
+
+    @property
     def place(self) -> str:
         """How far it was read; empty: not at all."""
         ...
@@ -124,6 +129,10 @@ class _FileLog:
     def behind_bytes(self) -> int:
         return self.file.behind_bytes
 
+    @property
+    def passed_over_bytes(self) -> int:
+        return self.file.passed_over_bytes
+
     def is_of(self, path: Path) -> bool:
         """Whether this is the log of *path*: by its name, or because both names mean one file."""
         if path == self.file.path:
@@ -151,7 +160,7 @@ def _state_of(path: Path) -> os.stat_result | None:
 class _JournalLog:
     """The lines of a systemd unit in the journal, or those of which a field says something (`CONTAINER_NAME=vllm`)."""
 
-    behind_bytes = 0
+    behind_bytes = passed_over_bytes = 0
 
     def __init__(self, whose: str, directory: Path | None, patterns: Sequence[LogPattern], cursor: str) -> None:
         self.name = f"journal:{whose}"
@@ -241,11 +250,13 @@ class EngineLogs:
             log.close()
         del self._followed[MOST_LOGS:]
         until = time.monotonic() + READ_SECONDS
-        readings = [
-            self._read(log, visit.at, (until - time.monotonic()) / left, unseen)
-            for log, left in zip(self._followed, range(len(self._followed), 0, -1), strict=True)
-        ]
-        seen = [reading for reading in readings if reading is not None]
+        # What the others leave of the time is for those that lagged at the last visit.
+        queue = sorted(self._followed, key=lambda log: log.behind_bytes)
+        readings = {
+            log: self._read(log, visit.at, (until - time.monotonic()) / (len(queue) - place), unseen)
+            for place, log in enumerate(queue)
+        }
+        seen = [reading for log in self._followed if (reading := readings[log]) is not None]
         if not seen:
             raise CannotSeeError(
                 unseen[0].why
@@ -274,6 +285,9 @@ class EngineLogs:
             if log.behind_bytes:
                 left = f"written faster than it is read: {log.behind_bytes / 1e6:.0f} MB wait for the next visits"
                 unseen.append(Unseen(self.source, Absent(Why.PASSED_OVER, left), f"end of {log.name}"))
+            if log.passed_over_bytes:
+                over = f"more waited than may wait: the oldest {log.passed_over_bytes / 1e6:.0f} MB are not read"
+                unseen.append(Unseen(self.source, Absent(Why.PASSED_OVER, over), f"part of {log.name}"))
             return reading
         return None
 
