@@ -126,9 +126,13 @@ class Night:
         self._await(daemon, name, lambda: self._report(daemon).get("at", 0.0) > begin + INTERVAL_SECONDS)
 
     def _keep(self, daemon: Daemon, name: str) -> None:
+        """Keep a report, and the page of the same visit."""
         self._note(name)
-        self.reports[name] = self._report(daemon)
-        self.pages[name] = self._page(daemon)
+        end = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < end:
+            self.reports[name], self.pages[name] = self._report(daemon), self._page(daemon)
+            if self.reports[name] and self._report(daemon).get("at") == self.reports[name]["at"]:
+                return
 
     def _note(self, name: str) -> None:
         self.times[name] = time.time()
