@@ -41,7 +41,7 @@ FAULTS = (
     ("rank-stopped:rank=1", "engine-stalled"),
     ("driver-hung", "driver-unresponsive"),
     ("recovery-action:gpu=7", "recovery-pending"),
-    ("gpu-memory-held:gpu=5", "gpu-memory-held"),
+    ("fabric-unhealthy:gpu=5", "nvswitch-fabric-fault"),
 )
 """Faults that can go again, each with its failure mode."""
 FIRST_SECONDS, EVERY_SECONDS, LASTS_SECONDS = 300, 240, 120
