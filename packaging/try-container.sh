@@ -4,19 +4,20 @@
 #
 #   packaging/try-container.sh [ROOT]
 #
-# Needs root, buildah, podman, runc and debootstrap; no registry: the base image is made of ROOT, a tree of make-root.sh,
+# Needs root, buildah, podman, runc, ip and debootstrap; no registry: the base image is made of ROOT, a tree of make-root.sh,
 # made where it lacks; it is copied, not changed. Ends with 0 and `all steps passed`. A minute.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 from=${1:-}
 work=$(mktemp -d)
-engine='' doctor=''
+engine='' doctor='' net=gd-trial-$$
 base=localhost/gpu-doctor-trial-base image=localhost/gpu-doctor-trial
 run() { # options and ulimits that podman needs where there is no systemd and no user session
     podman --log-level fatal --cgroup-manager cgroupfs --runtime runc run --ulimit nofile=1024:1024 --ulimit nproc=1024:1024 "$@"
 }
 clean() {
     for container in $engine $doctor; do podman rm --force --time 5 "$container" >/dev/null 2>&1 || true; done
+    ip netns delete "$net" 2>/dev/null || true
     buildah rmi --force "$image" "$base" >/dev/null 2>&1 || true
     rm -rf "$work"
 }
@@ -70,16 +71,29 @@ run --rm --no-healthcheck --network none --cap-drop all "$image" check --simulat
     fail "as root: $(cat "$work/screen")"
 grep -q "stays root" "$work/screen" || fail "it does not say that it stays root"
 
-step "an engine in another container"
+step "an engine in another container, with a network of its own"
+ip netns add "$net"
+ip link add "$net" type veth peer name engine netns "$net"
+ip address add 10.213.77.1/30 dev "$net"
+ip link set "$net" up
+ip -n "$net" address add 10.213.77.2/30 dev engine
+ip -n "$net" link set engine up
 cat >"$work/vllm" <<'PY'
-import time
+import http.server
 print("(APIServer pid=7) INFO 11-21 07:34:01 [utils.py:233] non-default args: {'model': '/model'}", flush=True)
-time.sleep(3600)
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'vllm:num_requests_running{model_name="/model"} 3.0\nvllm:num_requests_waiting{model_name="/model"} 0.0\n')
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("0.0.0.0", 8000), Page).serve_forever()
 PY
 mkdir "$work/model"
 printf '%s' '{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "vocab_size": 512, "torch_dtype": "bfloat16"}' >"$work/model/config.json"
-engine=$(run --detach --network none --user 1234 --log-driver k8s-file --volume "$work/vllm:/usr/local/bin/vllm:ro" \
+engine=$(run --detach --network "ns:/run/netns/$net" --user 1234 --log-driver k8s-file --volume "$work/vllm:/usr/local/bin/vllm:ro" \
     --volume "$work/model:/model:ro" --entrypoint '["/usr/bin/python3", "/usr/local/bin/vllm", "serve", "/model"]' "$base")
 
 step "the daemon, with the host's processes and files"
@@ -98,6 +112,7 @@ grep -q '^NoNewPrivs:.1' "/proc/$pid/status" || fail "NoNewPrivs"
 await 30 "the engine of the other container" metric '^gpu_doctor_engine_info\{.*kind="vllm",model="/model"'
 await 30 "its log" metric '^gpu_doctor_engine_log_lines_total [1-9]'
 await 30 "its model" metric '^gpu_doctor_collector_success\{collector="model"\} 1'
+await 30 "its metrics" metric '^gpu_doctor_engine_requests_running\{.*\} 3'
 await 30 "the kernel log" metric '^gpu_doctor_collector_success\{collector="kernel-log"\} 1'
 ! metric '^gpu_doctor_unseen\{.*no-permission' || fail "something is closed to it: $(grep ^gpu_doctor_unseen "$work/page")"
 await 30 "the recorder" metric '^gpu_doctor_recorder_failing 0'

@@ -109,6 +109,11 @@ before_reboot() {
         step "there is no /dev/kmsg in this machine: not tried"
     fi
 
+    step "root can have it let go of the GPUs, and nobody else"
+    gpu-doctor release-gpu --for 1m || fail "gpu-doctor release-gpu"
+    gpu-doctor retake-gpu || fail "gpu-doctor retake-gpu"
+    setpriv --reuid=nobody --regid=nogroup --clear-groups gpu-doctor release-gpu 2>/dev/null && fail "anybody could"
+
     step "watchdog: a stopped process is killed and started again"
     pid=$(shown MainPID)
     kill -STOP "$pid"
@@ -209,7 +214,7 @@ ln -sf ../trial.service "$root/etc/systemd/system/default.target.wants/trial.ser
 # CAP_SYSLOG and /dev/kmsg: nspawn withholds them, a node does not.
 kmsg=$([ ! -c /dev/kmsg ] || echo --bind-ro=/dev/kmsg)
 boot() {
-    timeout 300 systemd-nspawn -q -b --capability=CAP_SYSLOG ${kmsg:+"$kmsg"} -D "$root" --register=no --keep-unit \
+    timeout 600 systemd-nspawn -q -b --capability=CAP_SYSLOG ${kmsg:+"$kmsg"} -D "$root" --register=no --keep-unit \
         --private-network </dev/null >"$work/boot.log" 2>&1 || true
 }
 boot

@@ -15,7 +15,7 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     say "packages: not tried, which needs root on Debian or Ubuntu"
     exit 0
 fi
-needed=(binutils buildah curl debootstrap lintian podman rpm rpmlint runc systemd-container)
+needed=(binutils buildah curl debootstrap iproute2 lintian podman rpm rpmlint runc systemd-container)
 missing=$(dpkg-query --show --showformat '${db:Status-Status} ${Package}\n' "${needed[@]}" 2>/dev/null |
     awk '$1 == "installed" { print $2 }' | grep -vxFf - <(printf '%s\n' "${needed[@]}") || true)
 if [ -n "$missing" ]; then
