@@ -55,7 +55,15 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
         death = _killed(log.incident) or vanished_core(history, log)
         if log.incident is None or death is None:
             continue
-        kill = next((k for k in kills if k in ours or k.pid == death.facts.get("worker_pid")), None)
+        began = _began(history, log)
+        kill = next(
+            (
+                k
+                for k in kills
+                if (k in ours or k.pid == death.facts.get("worker_pid")) and (k.at is None or k.at >= began)
+            ),
+            None,
+        )
         if kill is not None:
             used.add(kill.where)
         found = _finding(log, log.incident, death, kill, gpus_of_engine(history, log.engine))
@@ -109,6 +117,12 @@ def _killer(history: History, kill: OomKill | None) -> str:
     if Source.KERNEL_LOG in history.latest.seen:
         return "by hand, or by a supervisor: the kernel log tells of no out-of-memory kill"
     return BY_WHOM
+
+
+def _began(history: History, log: EngineLog) -> float:
+    """Return when the engine of a log was started, where it was seen: what the kernel killed before was another."""
+    starts = (e.started_at for s in reversed(history.snapshots) for e in s.engines if e.id == log.engine)
+    return next(starts, 0.0)
 
 
 def _may_be_engine(kill: OomKill) -> bool:

@@ -69,6 +69,18 @@ def test_without_the_kernel_log_the_killer_may_be_the_kernel() -> None:
     assert finding.confidence is Confidence.LOW
 
 
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(-7200.0, "no out-of-memory kill"), (20.0, "the kernel's out-of-memory killer took it")]
+)
+def test_a_kill_from_before_the_engine_was_started_took_another(seconds: float, words: str) -> None:
+    """The engine was started an hour before; of the older kill another engine died."""
+    kill = OomKill(text="Out of memory: Killed process 7", where="/dev/kmsg:7", at=nodes.START + seconds, pid=7, process_name="VLLM::EngineCor")  # fmt: skip
+    visits = killed()
+    report = nodes.report((*visits[:2], nodes.with_kernel(visits[2], kill)), RULES)
+    told = [f.finding.summary for f in report.findings if f.finding.subject.engine == visits[0].engines[0].id]
+    assert [words in summary for summary in told] == [True]
+
+
 def test_an_engine_core_that_faulted_crashed() -> None:
     fault = HostMessage(
         text="python3[2100]: segfault at 8", where="/dev/kmsg:1", at=nodes.START, kind="segfault", pid=CORE
