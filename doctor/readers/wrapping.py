@@ -13,6 +13,8 @@ MAIL_WIDTH_MIN, MAIL_WIDTH_MAX = 60, 100
 _CONTINUED_SHARE = 0.75
 """Of the lines that end at the edge, how many must go on in the next one. guess: ranks say the same, in lines of one length,
 and the line after such a line begins with something."""
+_FILLED_SHARE = 0.9
+"""Of the lines that may have been broken, how many end at the edge where a terminal broke them. guess: a mail's end anywhere."""
 
 _RECORD_BEGINNING = (
     rb"\s*\d{4}[-/]\d|(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\b|Traceback |Process |During handling |The above "
@@ -23,12 +25,13 @@ _RECORD_BEGINNING = (
 _BEGINNING = re.compile(rb"\s*$|\s{2,}|\s*[(\[{<>|+$#~^*=`\xe2-]|" + _RECORD_BEGINNING)
 """How a line may begin that is none's continuation."""
 _BEGINNING_IN_MAIL = re.compile(
-    rb"\s*$|\s{2,}|\s*[{<>|+$#~^*=`\xe2-]|\(\w+ [^()]{0,40}pid=\d|\[rank\d|\[ *\d+\.\d|\[\w{3} \w{3} |\[\d{4}-|\[[EWIF]\d|"
+    rb"\s*$|\s{2,}|\s*[{<>|+$#~^*=`\xe2-]|(?:\x1b?\[[\d;]{1,12}m)*\(\w+ [^()]{0,40}pid=\d|\[rank\d|\[ *\d+\.\d|\[\w{3} \w{3} |\[\d{4}-|\[[EWIF]\d|"
     + _RECORD_BEGINNING
 )
 """The same where words are whole: a sentence may go on with a bracket, but for those of stamps, ranks and processes."""
 _RECORD = re.compile(
     rb"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d|NVRM: |NCCL (?:WARN|INFO) |Traceback \(most recent|ProcessGroupNCCL"
+    rb"|\[rank\d+\]:|\w(?:Error|Exception): "
 )
 """Words between which only a log is wrapped; prose without any of these is left as it is."""
 
@@ -45,7 +48,7 @@ def unwrapped(text: bytes) -> bytes:
     width = max(map(len, lines))
     at_edge = _broken_at_edge(raw, lines, width) if WIDTH_MIN <= width <= WIDTH_MAX else set[int]()
     between = _broken_between_words(lines)
-    if at_edge and len(at_edge) >= _CONTINUED_SHARE * len(between):  # a terminal fills its lines, a mail program can't
+    if at_edge and len(at_edge) >= _FILLED_SHARE * len(between):  # a terminal fills its lines, a mail program can't
         return _joined([raw[n][:width] if n in at_edge else line for n, line in enumerate(lines)], at_edge, b"")
     if between:
         return _joined(lines, between, b" ")
