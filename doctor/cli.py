@@ -569,7 +569,7 @@ def _visits(
         positions=positions,
         access=access,
     )
-    return _closable(live.every(interval, collectors, times, paces=site.collectors))
+    return _closable(live.every(interval, collectors, times, node=live.node_of(root), paces=site.collectors))
 
 
 def _replayed(path: Path) -> Iterator[Snapshot]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -147,6 +148,13 @@ def test_the_daemon_understands_what_the_pod_tells_it() -> None:
     assert address(options["--listen"]).port == port["containerPort"]
     mounts = {mount["mountPath"] for mount in container()["volumeMounts"]}
     assert {options["--root"], options["--state-dir"]} <= mounts
+
+
+def test_a_report_from_a_container_names_the_node(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/hostname").write_text("gpu-node-7\n")
+    told = CliRunner().invoke(cli, ["check", "--root", str(tmp_path), "--for", "0", "--format", "json"])
+    assert json.loads(told.stdout)["node"]["name"] == "gpu-node-7"
 
 
 def test_blindness_restarts_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import threading
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import msgspec
 
+from doctor.collectors import files
 from doctor.collectors.collector import INTERVAL_SECONDS, CannotSeeError, Collector, Pace, Reading, Visit
 from doctor.collectors.engine_log import EngineLogs
 from doctor.collectors.engine_metrics import MetricsPages
@@ -62,6 +64,15 @@ class Clocks(msgspec.Struct, frozen=True):
 
 
 REAL = Clocks(time.time, time.monotonic, time.sleep)
+
+
+def node_of(root: Path) -> Node:
+    """Return which node it is: by its own /etc/hostname where its root is mounted in a container, which has another name."""
+    if root != Path("/"):
+        with contextlib.suppress(OSError):
+            if name := files.word_of(root / "etc/hostname"):
+                return Node(name=name)
+    return Node(name=socket.gethostname())
 
 
 def collectors(
