@@ -76,6 +76,7 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     yield from _not_probed(history)
     yield from _none_found(history)
     yield from _too_few(history, limits.expected_gpus)
+    yield from _gap_on_board(history)
     yield from _engine_says_so(history)
 
 
@@ -251,6 +252,25 @@ def _too_few(history: History, expected: int) -> Iterator[Finding]:
             summary=f"{text}: {expected - seen} are missing",
             evidence=(Evidence(Source.NVML.value, "nvmlDeviceGetCount", text),),
             confidence=Confidence.MEDIUM,
+        )
+
+
+def _gap_on_board(history: History) -> Iterator[Finding]:
+    """Take the PCI tree's word where nothing was there to be missed: a board with NVSwitches has no place for seven GPUs.
+
+    HGX boards carry 8 or 16, and what a guest is given of one is half of it, or half of that.
+    """
+    latest = history.latest
+    devices = latest.host.pci_devices if known(latest.host.pci_devices) else ()
+    gpus = sum(device.kind == "gpu" for device in devices)
+    switches = sum(device.kind == "nvswitch" for device in devices)
+    if switches and gpus == len(latest.gpus) and gpus & (gpus - 1):
+        text = f"the PCI tree shows {gpus} GPUs beside {switches} NVSwitches"
+        yield Finding(
+            summary=f"A GPU is missing since before the first look: {text}, and such boards carry 4, 8 or 16",
+            evidence=(Evidence(Source.HOST.value, "/sys/bus/pci/devices", text),),
+            confidence=Confidence.MEDIUM,
+            severity=Severity.WARNING,  # somebody may have taken it out, and told nobody
         )
 
 

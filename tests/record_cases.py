@@ -132,6 +132,7 @@ SIMULATED: dict[str, dict[str, tuple[str, ...]]] = {
         "fires-under-load": ("hgx-h100-8", "gpu-lost:gpu=2"),
         "fires-in-a-mesh": ("hgx-h100-4", "gpu-lost:gpu=1"),
         "fires-just-now": ("hgx-h100-4", "gpu-lost:gpu=1,start=0.5"),
+        "fires-gap-on-the-board": ("hgx-h100-8", "gpu-removed:gpu=3"),
         "quiet-other-xid": ("hgx-h100-4", "xid:code=31,gpu=1"),
         "quiet-driver-hung": ("hgx-h100-4", "driver-hung"),
     },

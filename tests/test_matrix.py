@@ -112,12 +112,15 @@ def test_the_table_of_other_alarms_names_cases() -> None:
 FAULTS: dict[str, tuple[str, ...]] = {
     "driver-hung": ("driver-unresponsive",),
     "gpu-lost:gpu=0": ("gpu-lost",),
+    "gpu-removed:gpu=0": ("gpu-lost",),
     "nvlink-down:gpu=0,link=0": ("nvlink-degraded",),
     "nvlinks-all-down": ("nvlink-degraded",),
     "nvlink-errors:gpu=0,link=0": ("nvlink-errors",),
     "permission-denied": (),
     "symbol-missing:name=nvmlDeviceGetMarginTemperature": (),
     "driver-old": (),
+    "driver-reloaded": (),
+    "fabric-manager-restarted": (),
     "pcie-width:gpu=0": ("pcie-link-degraded",),
     "pcie-generation:gpu=0": ("pcie-link-degraded",),
     "p2p-blocked": ("p2p-blocked",),
@@ -171,6 +174,7 @@ no fault, or leaves the node half unseen.
 
 WITHOUT_LINKS = {"h100-pcie-4", "h100-nvl-4", "l40s-4", "rtx4090-4"}
 QUIET_ON: dict[str, set[str]] = {
+    "gpu-removed:gpu=0": {*WITHOUT_LINKS, "hgx-h100-4"},  # gone before the first look, and nothing says so
     "nvlink-down:gpu=0,link=0": {"h100-nvl-4"},  # of a bridged pair nobody knows how many links it should have
     "nvlinks-all-down": WITHOUT_LINKS,  # nor whether it should be bridged
     "p2p-blocked": WITHOUT_LINKS,  # it was PCIe before: advice
