@@ -6,9 +6,9 @@ Tags are those of drivers 470 to 580 (nvsmi_device_v11 to v13).
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
+from typing import cast
 from xml.etree import ElementTree as ET
 
 from doctor.readers import nvidia_smi_q
@@ -18,6 +18,8 @@ DOCUMENT_MAX_CHARACTERS = 2 << 20
 """Of one log; eight GPUs with every supported clock come to less than 300 thousand."""
 
 _DEPTH_MAX = 12
+_PIECE_CHARACTERS = 1 << 16
+"""Given to the parser at once: a GPU read is let go of before the next."""
 
 _BEGIN = re.compile(r"<nvidia_smi_log\b[^<>]{0,200}>|<gpu id=\"")
 _PROLOGUE = re.compile(r"(?:<\?xml[^<>]{0,200}\?>\s*)?(?:<!DOCTYPE nvidia_smi_log[^<>\[]{0,200}>\s*)?\Z")
@@ -136,18 +138,29 @@ def read(text: str) -> SmiReport:
         return SmiReport()
     body = text[begin.start() : begin.start() + DOCUMENT_MAX_CHARACTERS]
     lines: list[str] = []
-    try:
-        # What stands before the root is left out: no document type ever reaches the parser.
-        for _, element in ET.iterparse(io.StringIO(f"<paste>{body}"), events=("end",)):  # noqa: S314 - so no entities either
-            if element.tag == "gpu":
-                lines.append(f"GPU {element.get('id', '')}")
-                lines += _lines(element, 1)
-                element.clear()
-            elif element.tag in ("timestamp", "driver_version", "cuda_version", "attached_gpus"):
-                lines.insert(0, f"{_label(element.tag)} : {_words(element)}")
-    except ET.ParseError:
-        pass
+    for element in _elements(body):
+        if element.tag == "gpu":
+            lines.append(f"GPU {element.get('id', '')}")
+            lines += _lines(element, 1)
+            element.clear()
+        elif element.tag in ("timestamp", "driver_version", "cuda_version", "attached_gpus"):
+            lines.insert(0, f"{_label(element.tag)} : {_words(element)}")
     return nvidia_smi_q.read("\n".join(lines))
+
+
+def _elements(body: str) -> Iterator[ET.Element]:
+    """Yield each element that ends, up to the first fault.
+
+    What stands before the root is not in *body*: no document type ever reaches the parser, and so no entities either.
+    """
+    parser: ET.XMLPullParser[ET.Element] = ET.XMLPullParser(("end",))
+    try:
+        for start in range(0, len(body), _PIECE_CHARACTERS):
+            parser.feed(("" if start else "<paste>") + body[start : start + _PIECE_CHARACTERS])
+            for _, element in cast("Iterator[tuple[str, ET.Element]]", parser.read_events()):
+                yield element
+    except ET.ParseError:
+        return
 
 
 def _lines(element: ET.Element, depth: int) -> Iterator[str]:
