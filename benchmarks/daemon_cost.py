@@ -8,7 +8,8 @@ and at the same interval, from an environment of its own (made in DIR the first 
 C boundary. What goes into answering them is the simulation's, not theirs: it is counted call by call, and told apart. What a
 real driver takes instead of it can't be told without one.
 
-CPU time is the kernel's account of every process and its ended children, so a busy machine changes it little; memory is PSS.
+CPU time is the kernel's account of every process and its ended children over the whole time, since visits come in bursts; a busy
+machine changes it little. Memory is PSS; it and the scrapes are told as medians.
 Exits 1 where the daemon takes 1 % of a core, 80 MB, or 5 ms a scrape.
 """
 
@@ -310,7 +311,7 @@ def tell(measured: list[Subject], seconds: float, parts: dict[str, list[float]],
         )
     for subject in measured:
         each = zip(subject.cpu_by_process.values(), parts[subject.name], strict=False)
-        print(f"{subject.name}, by process:", *(f"{cpu / seconds:.3%} {megabytes:.1f} MB," for cpu, megabytes in each))
+        print(f"{subject.name}, by process, answering in it:", *(f"{cpu / seconds:.3%} {megabytes:.1f} MB," for cpu, megabytes in each))
     ours = measured[0]
     ours_cpu = sum(ours.cpu_seconds) / seconds
     for other in measured[1:]:
