@@ -136,7 +136,7 @@ def test_a_child_that_is_stopped_or_killed_leaves_the_daemon_serving(tmp_path: P
         assert events(daemon, "finding appeared") == []
         assert daemon.end() == 0
     told = {u.why.detail for entry in Folder(state).entries() for u in entry.snapshot.unseen}
-    assert {why.partition(";")[0] for why in told if "NVML child" in why} == {
+    assert {why.partition(";")[0] for why in told} >= {
         "the NVML child was stopped (SIGSTOP)",
         "the NVML child was killed by SIGKILL",
     }

@@ -222,9 +222,14 @@ class TestHealthyNodes:
     def test_power_is_sampled_between_visits_and_rates_come_with_the_second(self, node: Node) -> None:
         collector = node("hgx-h100-8")
         assert why(gpus(collector)[0].activity.sm_ratio) is Why.NOT_ASKED
-        time.sleep(0.65)
-        gpu = gpus(collector)[5]
-        assert 4 <= len(gpu.power.samples) <= 8
+
+        def sampled() -> Gpu | None:
+            time.sleep(0.65)
+            gpu = gpus(collector)[5]
+            return gpu if len(gpu.power.samples) >= 4 else None
+
+        gpu = await_true(sampled)
+        assert isinstance(gpu, Gpu)
         assert all(70 < sample.value < 700 for sample in gpu.power.samples)
         gaps = [b.at - a.at for a, b in zip(gpu.power.samples, gpu.power.samples[1:], strict=False)]
         assert min(gaps) > 0.05
@@ -279,11 +284,11 @@ class TestFaultyNodes:
         assert after.recovery_errors_total > 0
         assert links(seen[1])[2].replay_errors_total == 0
 
-    def test_a_gpu_lost_on_the_way_keeps_its_name_and_says_why_the_rest_is_missing(self, node: Node) -> None:
-        collector = node("hgx-h100-8", "gpu-lost:gpu=2,start=1")
+    def test_a_gpu_lost_on_the_way_keeps_its_name_and_says_why_the_rest_is_missing(self, switched: Switched) -> None:
+        collector, switches = switched("hgx-h100-8")
         before = gpus(collector)[2]
         assert before.lost is False
-        time.sleep(1.0)
+        (switches / "lost").write_text("2")
         reading = look(collector)
         gone = reading.fields["gpus"][2]
         assert gone.lost is True
@@ -340,14 +345,6 @@ class TestFaultyNodes:
         assert known(seen[5].clocks.power_brake_seconds)
         assert seen[5].clocks.power_brake_seconds > 60
         assert seen[0].clocks.event_reasons == ()
-
-    def test_a_transient_between_visits_is_in_the_samples(self, node: Node) -> None:
-        collector = node("hgx-h100-8", "power-transient:period=0.5")
-        look(collector)
-        time.sleep(0.8)
-        seen = gpus(collector)
-        peaks = [max(sample.value for sample in gpu.power.samples) for gpu in seen]
-        assert min(peaks) > 900
 
     def test_memory_faults_are_told(self, node: Node) -> None:
         texts = ("ecc-uncorrected:gpu=0,count=3", "remap-pending:gpu=4", "recovery-action:gpu=4,action=drain-and-reset")
@@ -578,7 +575,7 @@ class TestSilence:
             assert parent.stdout is not None
             pid = int(parent.stdout.readline())
             parent.kill()
-        until = time.monotonic() + 3
+        until = time.monotonic() + 20
         while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 break  # its new parent, in a container perhaps a careless one, has yet to reap it
