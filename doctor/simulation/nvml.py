@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import struct
 import time
 import uuid
@@ -123,6 +124,13 @@ def _text(buffer: Any, size: Any, text: bytes) -> int:
     return SUCCESS
 
 
+def _is_hung_up() -> bool:
+    """Whether standard input is a pipe that nobody holds the other end of: the NVML child is asked through one."""
+    poll = select.poll()
+    poll.register(0, 0)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
+
+
 class Library:
     """The simulated `libnvidia-ml.so.1`."""
 
@@ -190,9 +198,8 @@ class Library:
     def _hang(self) -> None:
         while any(fault.active(self._now) for fault in self._hangs):
             time.sleep(0.05)
-            if (
-                os.getppid() != self._parent
-            ):  # The kernel would keep a real caller; a drill must not outlive its audience.
+            # The kernel would keep a real caller; a drill must not outlive its audience, not even one that left early.
+            if os.getppid() != self._parent or _is_hung_up():
                 raise SystemExit(0)
 
     def _denied(self, name: str) -> bool:
