@@ -98,10 +98,12 @@ engine=$(run --detach --network "ns:/run/netns/$net" --user 1234 --log-driver k8
 
 step "the daemon, with the host's processes and files"
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-# As in docs/install.md, without what only a node with GPUs and docker has.
-doctor=$(run --detach --no-healthcheck --read-only --tmpfs /tmp --network host --pid host --cap-drop all --cap-add SETUID --cap-add SETGID \
-    --cap-add SYSLOG --cap-add SYS_PTRACE --cap-add DAC_READ_SEARCH --security-opt apparmor=unconfined --security-opt no-new-privileges \
-    --volume /:/host:ro,rslave --volume gpu-doctor-trial:/var/lib/gpu-doctor "$image" \
+rights="--cap-drop all --cap-add SETUID --cap-add SETGID --cap-add SYSLOG --cap-add SYS_PTRACE --cap-add DAC_READ_SEARCH \
+    --security-opt no-new-privileges --security-opt apparmor=unconfined --pid host --read-only --tmpfs /tmp"
+# As in docs/install.md, without what only a node with GPUs has.
+# shellcheck disable=SC2086
+doctor=$(run --detach --no-healthcheck $rights --network host --device /dev/kmsg --volume /:/host:ro,rslave \
+    --volume gpu-doctor-trial:/var/lib/gpu-doctor "$image" \
     daemon --root /host --state-dir /var/lib/gpu-doctor --interval 1 --listen "127.0.0.1:$port")
 await 60 "/metrics" metric '^gpu_doctor_build_info'
 pid=$(podman inspect --format '{{.State.Pid}}' "$doctor")
@@ -122,4 +124,22 @@ step "it ends gently"
 podman stop --time 20 "$doctor" >/dev/null
 podman logs "$doctor" 2>&1 | grep -q '"event": "ended"' || fail "it did not end gently"
 podman volume rm --force gpu-doctor-trial >/dev/null 2>&1 || true
+
+step "as in a pod: the node's folder for its recordings, no device, another network"
+mkdir "$work/state"
+run --rm --no-healthcheck --network none --read-only --cap-drop all --cap-add CHOWN --security-opt no-new-privileges \
+    --volume "$work/state:/var/lib/gpu-doctor" --entrypoint chown "$image" 65532:65532 /var/lib/gpu-doctor
+podman rm --force "$doctor" >/dev/null 2>&1
+# shellcheck disable=SC2086
+doctor=$(run --detach --no-healthcheck $rights --network none --volume /:/host:ro,rslave \
+    --volume "$work/state:/var/lib/gpu-doctor" "$image" \
+    daemon --root /host --state-dir /var/lib/gpu-doctor --interval 1 --listen 0.0.0.0:9481)
+served() {
+    podman exec "$doctor" python -I -c 'import sys, urllib.request as u
+print(u.urlopen("http://127.0.0.1:9481" + sys.argv[1], timeout=5).read().decode())' "$1" 2>/dev/null
+}
+await 60 "/report, which a pod's probes ask for" eval 'served /report | grep -c "\"name\": \"$(cat /etc/hostname)\"" >/dev/null'
+await 30 "the kernel log, through dmesg" metric '^gpu_doctor_collector_success\{collector="kernel-log"\} 1'
+await 30 "the engine's log" metric '^gpu_doctor_engine_log_lines_total [1-9]'
+await 30 "recordings in the node's folder" test -n "$(find "$work/state" -type f -user 65532)"
 step "all steps passed"
