@@ -176,7 +176,8 @@ class _Post:
         self._done = threading.Event()
         self._done.set()
         self._answer: _Answer | None = None
-        self._asked_at = 0.0
+        self.asked_at = -math.inf
+        """By the steady clock."""
         self._began = 0.0
         self._engines: tuple[str, ...] = ()
         """The engines that it was last asked about."""
@@ -195,10 +196,9 @@ class _Post:
         """Return what it saw for an earlier visit, while that is young enough and of these engines; None: ask it."""
         if not self._done.is_set():
             return None
-        if (
-            self._answer is not None and self._answer.why is None and self._stands_seconds > 0
-        ):  # it came late, and counts
-            self._kept, self._answer = self._answer, None
+        late = self._answer
+        if late is not None and late.why is None and self._stands_seconds > 0:  # it counts, with its age
+            self._kept, self._answer = late, None
         kept = self._kept
         if kept is None or engines != self._engines or now - kept.asked_at >= self._stands_seconds:
             return None
@@ -214,7 +214,7 @@ class _Post:
         self._done.clear()
         self._kept = None
         self._engines = tuple(engine.id for engine in visit.engines)
-        self._asked_at = now
+        self.asked_at = now
         self._began = time.monotonic()
         # A daemon: a thread that the kernel holds must not hold the program's end.
         thread = threading.Thread(target=self._work, args=(visit, now), name=f"see-{self.source.value}", daemon=True)
@@ -242,7 +242,7 @@ class _Post:
         if not self._done.wait(max(0.0, left)) or self._answer is None:
             waited = time.monotonic() - self._began
             why = Absent(Why.TIMED_OUT, f"{self.source.value} has not answered for {waited:.1f} s")
-            return self._with_late_news(_Answer(Reading(), why, self._asked_at, waited))
+            return self._with_late_news(_Answer(Reading(), why, self.asked_at, waited))
         answer, self._answer = self._answer, None
         answer = self._with_late_news(answer)
         if self._stands_seconds > 0 and (answer.why is None or answer.why.why in LASTING):
@@ -315,7 +315,8 @@ class _Crew:
         for post in changed:
             answers[post.source] = post.answer()
         for post in self._posts:
-            post.of_node = of_node
+            if post.asked_at == now:
+                post.of_node = of_node
         return _merged(at, step, self._node, _with_unknown_engines(self._posts, answers))
 
     def _step_seconds(self, at: float, now: float) -> float:
