@@ -99,7 +99,24 @@ def test_of_a_flood_the_first_of_each_code_on_each_gpu_is_kept_and_all_are_count
         counted[event.code, event.pci_address] += event.count
     assert sum(counted.values()) == FLOOD
     assert all(abs(count - FLOOD / 40) <= 1 for (code, _), count in counted.items() if code != 79)
-    assert len(told) <= 4000 * len(flooded)
+    assert len(told) <= 2 * kernel_log.EVENTS_A_VISIT * len(flooded)
+
+
+def test_a_storm_that_goes_on_is_told_at_each_visit_in_a_few_events(root: Path) -> None:
+    (root / "dev/kmsg").write_text("")
+    collector = KernelLog(root)
+    told: list[list[Xid]] = []
+    for visit in range(20):
+        with (root / "dev/kmsg").open("a") as file:
+            file.writelines(xid(100 * visit + n, 13, GPUS[n % 8]) for n in range(800))
+        told.append(xids(collector.collect(Visit(at=NOW + visit))))
+    assert all(sum(event.count for event in events) == 800 for events in told)
+    assert all(8 <= len(events) <= 16 for events in told[1:])
+    assert xids(collector.collect(Visit(at=NOW))) == []
+    with (root / "dev/kmsg").open("a") as file:
+        file.writelines(xid(n, 13, GPUS[0]) for n in range(20))
+    assert len(xids(collector.collect(Visit(at=NOW)))) == 20, "after a quiet visit, each line is told again"
+    collector.close()
 
 
 def test_a_flood_takes_little_memory(root: Path) -> None:

@@ -31,6 +31,9 @@ extended records up to 8 KiB)."""
 READ_SECONDS = 2.5
 """Half of the deadline. What is left is read at the next visits."""
 
+EVENTS_A_VISIT = 300
+"""Of a log that is followed, at each visit after the first: an hour of the worst storm stays below 100 MB."""
+
 BATCH_RECORDS = 1000
 """Records that are read together: between two batches the time is looked at."""
 
@@ -286,6 +289,7 @@ class KernelLog:
                 self.close()
                 raise
         events = self._reader.take()
+        self._reader.events_max = EVENTS_A_VISIT
         fields: dict[str, object] = {"kernel": _of_this_boot(events, boot)}
         if self._way.place:
             self._places[self._name] = self._way.place

@@ -21,7 +21,8 @@ TEXT_MAX = 600
 """Characters of a line that an event keeps."""
 
 REPEATS = 32
-"""Events of one kind about one device that a `feed` returns in full; of further ones only every 2^n-th."""
+"""Events of one kind about one device that are kept in full; of further ones only every 2^n-th, and one of each `feed`, as
+long as each `feed` brings some."""
 
 EVENTS_MAX = 2000
 """Events that a `feed` returns; of further ones only the first of each code on each device, and as many at most."""
@@ -213,6 +214,8 @@ class KernelLogReader:
         """Whole lines read so far."""
         self.dropped = 0
         """Events left out because they repeat others, or are over the bound."""
+        self.events_max = EVENTS_MAX
+        """For the next `feed`; a log that is followed for months has less to tell at each visit than a whole one."""
         self.last_at: float | None = None
         """The newest stamp of a line that was looked at."""
         self._rest: bytes = b""
@@ -252,7 +255,12 @@ class KernelLogReader:
     def take(self) -> list[KernelEvent]:
         """Return the events since the last call; an Xid or SXid counts those like it that were left out after it."""
         events, left_out = self._waiting, self._left_out
-        self._waiting, self._left_out, self._kept = [], {}, {}
+        self._waiting, self._left_out = [], {}
+        self._kept = {
+            key: _Kept(kept.seen, kept.last_at)
+            for key, kept in self._kept.items()
+            if kept.seen > REPEATS and kept.place is not None
+        }
         for place, number in left_out.items():
             event = events[place]
             if isinstance(event, Xid | Sxid):
@@ -288,14 +296,16 @@ class KernelLogReader:
         if _is_boot(event):
             self._kept = {}
             return not self._waiting or not _is_boot(self._waiting[-1])
-        key, most = _likeness(event), EVENTS_MAX
-        if key not in self._kept and len(self._waiting) >= EVENTS_MAX:
+        key, most = _likeness(event), self.events_max
+        kept = self._kept.get(key)
+        if len(self._waiting) >= most and (kept is None or kept.place is None):
             key = _kind(event)
-            most = 2 * EVENTS_MAX if key not in self._kept else 0
+            kept = self._kept.get(key)
+            most = 2 * most if kept is None or kept.place is None else 0
         kept = self._kept.setdefault(key, _Kept())
         kept.seen += 1
         later = event.at is not None and kept.last_at is not None and event.at - kept.last_at > KEEP_SECONDS
-        keeps = kept.seen <= REPEATS or kept.seen & (kept.seen - 1) == 0 or later
+        keeps = kept.place is None or kept.seen <= REPEATS or kept.seen & (kept.seen - 1) == 0 or later
         if keeps and len(self._waiting) < most:
             kept.last_at, kept.place = event.at, len(self._waiting)
             return True
