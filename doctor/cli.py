@@ -377,7 +377,7 @@ def release_gpu(*, hold: str, state_dir: Path | None) -> None:
     Meanwhile it says nothing of them, neither good nor bad. It takes them up again when the time is over, or with
     `gpu-doctor retake-gpu`. For its own user and root.
     """
-    from doctor.collectors.gpu_access import HOLD_MAX_SECONDS, words_of
+    from doctor.collectors.gpu_access import HOLD_MAX_SECONDS, holders, words_of
     from doctor.control import Request, answer_of_daemon
     from doctor.recorder.moment import span
 
@@ -389,6 +389,8 @@ def release_gpu(*, hold: str, state_dir: Path | None) -> None:
         f"GPU access let go for {words_of(seconds)}: gpu-doctor has no GPU open. Now run `nvidia-smi --gpu-reset -i N` or "
         "unload the driver, then `gpu-doctor retake-gpu`.\n"
     )
+    if others := holders():
+        _say(f"Others have one open still, and a reset needs them ended: {', '.join(others)}.\n")
 
 
 @cli.command("retake-gpu")

@@ -18,7 +18,7 @@ import pytest
 from daemons import Daemon, await_true, running
 
 from doctor.collectors.collector import CannotSeeError, Visit
-from doctor.collectors.gpu_access import HOLD_MAX_SECONDS, GpuAccess
+from doctor.collectors.gpu_access import HOLD_MAX_SECONDS, GpuAccess, holders
 from doctor.collectors.nvml import NvmlCollector
 from doctor.control import ControlError, Request, answer_of_daemon, control
 from doctor.feeds import simulated
@@ -190,6 +190,21 @@ def test_what_was_left_alone_is_asked_again_after_a_release() -> None:
     with pytest.raises(CannotSeeError):  # it tries to start a child
         collector.collect(Visit(at=0.0))
     assert collector._left_alone == {}
+
+
+def test_who_else_has_a_gpu_open_is_named(tmp_path: Path) -> None:
+    for pid, name, target in (
+        (1633, "nv-hostengine", "/dev/nvidia0"),
+        (40, "systemd-journal", "/dev/kmsg"),
+        (977, "nvidia-persiste", "/dev/nvidiactl"),
+        (2263, "VLLM::Worker_TP", "/dev/nvidia12"),
+    ):
+        (tmp_path / f"proc/{pid}/fd").mkdir(parents=True)
+        (tmp_path / f"proc/{pid}/comm").write_text(f"{name}\n")
+        (tmp_path / f"proc/{pid}/fd/3").symlink_to(target)
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/7/fd").mkdir(parents=True)
+    assert holders(tmp_path) == ["nv-hostengine (pid 1633)", "VLLM::Worker_TP (pid 2263)"]
 
 
 class Log:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from doctor.collectors import files
 from doctor.snapshot import Absent, Why
 
 HOLD_SECONDS = 600.0
 """How long access is let go where nobody says. guess: a reset takes a minute, a new driver some."""
 HOLD_MAX_SECONDS = 4 * 3600.0
 """guess: a maintenance window. It is never let go for ever: a forgotten one would leave the node unwatched."""
+
+
+_GPU = re.compile(r"^/dev/nvidia\d+$")
 
 
 class GpuAccess:
@@ -82,6 +88,34 @@ class GpuAccess:
 
 def _nobody(event: str, **facts: object) -> None:
     """Listen to no event."""
+
+
+def holders(root: Path = Path("/")) -> list[str]:
+    """Return the processes that have a GPU open, as far as this user may see: `nv-hostengine (pid 1633)`."""
+    pids = sorted(int(name) for name in files.names_in(root / "proc") if name.isdecimal())
+    return [f"{_name_of(root, pid)} (pid {pid})" for pid in pids if _has_gpu_open(root / f"proc/{pid}/fd")]
+
+
+def _has_gpu_open(descriptors: Path) -> bool:
+    try:
+        names = files.names_in(descriptors)
+    except OSError:  # it is gone, or another user's
+        return False
+    return any(_GPU.match(_target_of(descriptors / name)) for name in names)
+
+
+def _target_of(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:  # it was closed while we looked
+        return ""
+
+
+def _name_of(root: Path, pid: int) -> str:
+    try:
+        return files.word_of(root / f"proc/{pid}/comm")
+    except OSError:
+        return "a process"
 
 
 def words_of(seconds: float) -> str:
