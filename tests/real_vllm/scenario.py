@@ -158,7 +158,7 @@ class Night:
         return {}
 
     def _figure(self, daemon: Daemon, family: str) -> float:
-        return max((value for name, value in self._page(daemon).items() if name.startswith(family)), default=0.0)
+        return self._page(daemon).get(f'{family}{{engine="vllm:{self.port}"}}', 0.0)
 
     def _served(self, daemon: Daemon) -> float:
         return self._figure(daemon, "gpu_doctor_engine_requests_succeeded_total")

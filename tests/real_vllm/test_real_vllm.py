@@ -53,13 +53,22 @@ def at(reports: tuple[Report, ...], night: Night, moment: str) -> Report:
     return next(r for r in reports if r.at == night.reports[moment]["at"])
 
 
-def engine_at(report: Report) -> Engine:
-    (engine,) = report.snapshot.engines
+def engines_of(report: Report, night: Night) -> list[Engine]:
+    """The night's own engine; others may run on the machine."""
+    return [engine for engine in report.snapshot.engines if engine.flags.port == night.port]
+
+
+def engine_of(report: Report, night: Night) -> Engine:
+    (engine,) = engines_of(report, night)
     return engine
 
 
-def page_at(report: Report) -> EngineMetrics:
-    (page,) = report.snapshot.metrics
+def pages_of(report: Report, night: Night) -> list[EngineMetrics]:
+    return [page for page in report.snapshot.metrics if page.url == f"http://127.0.0.1:{night.port}/metrics"]
+
+
+def page_of(report: Report, night: Night) -> EngineMetrics:
+    (page,) = pages_of(report, night)
     return page
 
 
@@ -70,7 +79,8 @@ def first_of(report: Report, failure_mode: str) -> Finding:
 
 
 def sample(night: Night, moment: str, family: str) -> float:
-    (value,) = (value for name, value in night.pages[moment].items() if name.split("{")[0] == family)
+    mine = (family, f'{family}{{engine="vllm:{night.port}"}}')
+    (value,) = (value for name, value in night.pages[moment].items() if name in mine)
     return value
 
 
@@ -78,7 +88,7 @@ def sample(night: Night, moment: str, family: str) -> float:
 
 
 def test_the_engine_is_found_with_its_flags_versions_model_and_log(reports: tuple[Report, ...], night: Night) -> None:
-    engine = engine_at(at(reports, night, "ready"))
+    engine = engine_of(at(reports, night, "ready"), night)
     assert (engine.pid, engine.kind) == (night.pids["first"], "vllm")
     flags = engine.flags
     assert (flags.model, flags.tensor_parallel_size, flags.port) == (str(night.model), 2, night.port)
@@ -92,7 +102,7 @@ def test_the_engine_is_found_with_its_flags_versions_model_and_log(reports: tupl
 
 
 def test_its_processes_are_told_by_rank(reports: tuple[Report, ...], night: Night) -> None:
-    engine = engine_at(at(reports, night, "ready"))
+    engine = engine_of(at(reports, night, "ready"), night)
     assert [(rank.rank, rank.title) for rank in engine.ranks] == [(0, "VLLM::Worker_TP0"), (1, "VLLM::Worker_TP1")]
     assert [core.title for core in engine.cores] == ["VLLM::EngineCore"]
     assert engine.ranks[1].pid == night.pids["worker"]
@@ -100,8 +110,7 @@ def test_its_processes_are_told_by_rank(reports: tuple[Report, ...], night: Nigh
 
 
 def test_its_metrics_are_found(reports: tuple[Report, ...], night: Night) -> None:
-    page = page_at(at(reports, night, "ready"))
-    assert page.url == f"http://127.0.0.1:{night.port}/metrics"
+    page = page_of(at(reports, night, "ready"), night)
     assert page.model == "tiny"
     assert known(page.kv_cache_tokens)
 
@@ -110,7 +119,7 @@ def test_an_engine_that_loads_is_neither_dead_nor_stalled(reports: tuple[Report,
     loading = between(reports, night, "started", "ready")
     assert loading
     assert {report.findings for report in loading} == {()}
-    blind = [report.verdict for report in loading if report.snapshot.engines and not report.snapshot.metrics]
+    blind = [report.verdict for report in loading if engines_of(report, night) and not pages_of(report, night)]
     assert set(blind) == {Verdict.INCOMPLETE}, "its metrics are not there yet"
 
 
@@ -118,7 +127,7 @@ def test_an_engine_that_loads_is_neither_dead_nor_stalled(reports: tuple[Report,
 
 
 def test_load_is_seen_in_tokens_and_requests(reports: tuple[Report, ...], night: Night) -> None:
-    before, after = (page_at(at(reports, night, moment)) for moment in ("just rotated", "after rotation"))
+    before, after = (page_of(at(reports, night, moment), night) for moment in ("just rotated", "after rotation"))
     assert known(before.requests_succeeded_total)
     assert known(after.requests_succeeded_total)
     assert known(after.generation_tokens_total)
@@ -126,15 +135,14 @@ def test_load_is_seen_in_tokens_and_requests(reports: tuple[Report, ...], night:
     assert after.generation_tokens_total >= after.requests_succeeded_total * TOKENS
     assert sample(night, "after rotation", "gpu_doctor_engine_generation_tokens_total") == after.generation_tokens_total
     under_load = between(reports, night, "ready", "stopped")
-    assert any(known(page.running) and page.running > 0 for report in under_load for page in report.snapshot.metrics)
+    assert any(known(page.running) and page.running > 0 for report in under_load for page in pages_of(report, night))
 
 
 def test_its_log_is_followed_through_copytruncate(reports: tuple[Report, ...], night: Night) -> None:
     until = night.reports["after rotation"]["at"]
     after = [report for report in reports if night.times["rotated"] <= report.at <= until]
-    events = [event for report in after for event in report.snapshot.engine_events]
+    events = [event for report in after for event in report.snapshot.engine_events if event.log == str(night.log)]
     assert "request-served" in {event.signal for event in events}
-    assert {event.log for event in events} == {str(night.log)}
     started = [e.signal for r in reports for e in r.snapshot.engine_events if e.log == str(night.log)]
     assert started.count("startup-complete") == 1, "nothing is read twice"
 
@@ -168,7 +176,7 @@ def test_a_stopped_worker_is_a_stall_and_is_named(reports: tuple[Report, ...], n
     assert finding.severity is Severity.CRITICAL
     assert f"VLLM::Worker_TP1 (pid {night.pids['worker']}) is stopped, by a signal or a debugger" in finding.summary
     assert finding.subject.pids == (night.pids["worker"],)
-    assert finding.subject.engine == engine_at(at(reports, night, "stalled")).id
+    assert finding.subject.engine == engine_of(at(reports, night, "stalled"), night).id
     assert finding.since is not None
     assert abs(finding.since - night.times["stopped"]) < 30
     assert f"`py-spy dump --pid {night.pids['worker']}`" in finding.advice[0]
@@ -198,7 +206,7 @@ def test_a_worker_that_goes_on_ends_the_stall(night: Night) -> None:
 
 
 def test_an_engine_core_that_is_killed_is_the_one_root_cause(reports: tuple[Report, ...], night: Night) -> None:
-    engine = engine_at(at(reports, night, "recovered")).id
+    engine = engine_of(at(reports, night, "recovered"), night).id
     for moment in ("core dead", "core buried"):
         report = at(reports, night, moment)
         finding = first_of(report, "worker-killed")
@@ -212,7 +220,7 @@ def test_an_engine_core_that_is_killed_is_the_one_root_cause(reports: tuple[Repo
 
 
 def test_a_restarted_engine_is_followed_and_its_log_found_behind_tee(reports: tuple[Report, ...], night: Night) -> None:
-    engine = engine_at(at(reports, night, "ready again"))
+    engine = engine_of(at(reports, night, "ready again"), night)
     assert engine.pid == night.pids["second"]
     assert engine.log == str(night.teed)
     again = between(reports, night, "ready again", "server killed")
@@ -229,8 +237,8 @@ def test_what_the_old_engine_died_of_stays_until_the_new_one_serves(reports: tup
 
 
 def test_the_new_engines_figures_are_its_own(reports: tuple[Report, ...], night: Night) -> None:
-    old, new = (page_at(at(reports, night, moment)) for moment in ("recovered", "loaded again"))
-    assert new.engine == engine_at(at(reports, night, "loaded again")).id != old.engine
+    old, new = (page_of(at(reports, night, moment), night) for moment in ("recovered", "loaded again"))
+    assert new.engine == engine_of(at(reports, night, "loaded again"), night).id != old.engine
     assert known(new.requests_succeeded_total)
     assert known(old.requests_succeeded_total)
     assert new.requests_succeeded_total >= REQUESTS
@@ -244,7 +252,7 @@ def test_what_a_killed_server_leaves_behind_is_told(reports: tuple[Report, ...],
     finding = first_of(at(reports, night, "orphaned"), "worker-killed")
     assert f"The engine's server (pid {night.pids['second']}) was ended by SIGKILL" in finding.summary
     assert f"its engine core (pid {night.pids['second core']}) lives on without it" in finding.summary
-    assert finding.subject.engine == engine_at(at(reports, night, "loaded again")).id
+    assert finding.subject.engine == engine_of(at(reports, night, "loaded again"), night).id
 
 
 def test_nothing_is_left_in_the_end(night: Night) -> None:
