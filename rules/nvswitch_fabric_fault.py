@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import msgspec
@@ -79,10 +80,14 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding | Absent]:
 
 def _may_need_manager(snapshot: Snapshot) -> bool:
     """Whether these GPUs may be linked through NVSwitches: boards that we don't know may."""
-    products = [product_of(gpu) for gpu in snapshot.gpus]
-    if not products:  # somebody installed a manager
+    if not snapshot.gpus:  # somebody installed a manager
         return known(snapshot.fabric_manager.unit_state)
-    return any(product is None or product.has_board_nvlink for product in products)
+    gpus = [gpu for gpu in snapshot.gpus if not (known(gpu.name) and _OF_WORKSTATIONS.search(gpu.name))]
+    return any((product := product_of(gpu)) is None or product.has_board_nvlink for gpu in gpus)
+
+
+_OF_WORKSTATIONS = re.compile(r"\b(?:GeForce|Quadro|RTX|TITAN)\b")
+"""NVSwitches are on boards of SXM modules only."""
 
 
 def _switches_may_be_hidden(snapshot: Snapshot) -> bool:
@@ -122,8 +127,8 @@ def _manager_of_some_board(history: History) -> Iterator[Trouble]:
     """Yield a manager that does not run where nothing tells whether this board needs one; "nothing to do" says that it does not."""
     manager = history.latest.fabric_manager
     gpus = history.latest.gpus
-    linked = [gpu for gpu in gpus if (product := product_of(gpu)) is not None and product.has_board_nvlink]
     # A virtual machine with one GPU of a board: the manager runs outside it.
+    linked = [gpu for gpu in gpus if (product := product_of(gpu)) is not None and product.has_board_nvlink]
     if len(linked) > 1 and manager.running is False and manager.unit_state != "failed":
         state = f"its unit is {manager.unit_state}" if known(manager.unit_state) else "there is no such unit"
         yield Trouble(
@@ -132,7 +137,8 @@ def _manager_of_some_board(history: History) -> Iterator[Trouble]:
             Confidence.LOW,
             Severity.WARNING,
         )
-    if manager.unit_state == "failed" and all(m.kind != "nothing-to-do" for m in standing_messages(history)):
+    needed = len(gpus) != 1 and _may_need_manager(history.latest)
+    if manager.unit_state == "failed" and needed and all(m.kind != "nothing-to-do" for m in standing_messages(history)):
         yield Trouble(
             "the fabric manager has failed; whether this board has NVSwitches, and so needs it, was not seen",
             Evidence(Source.FABRIC_MANAGER.value, "nvidia-fabricmanager.service", "ActiveState=failed"),

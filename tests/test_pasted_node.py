@@ -352,6 +352,55 @@ def test_a_fabric_manager_that_does_not_run_is_clear_only_where_no_board_needs_i
     assert report.verdict is verdict, [r.finding.summary for r in report.findings]
 
 
+RUNNING = (
+    STOPPED.replace("○", "●").replace("inactive (dead)", "active (running)") + "   Main PID: 2116 (nv-fabricmanage)\n"
+)
+REFUSED_START = "Nov 20 10:00:0{} node1 systemd[1]: {} NVIDIA fabric manager service.\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "verdict"),
+    [
+        (REFUSED_START.format(1, "Failed to start"), Verdict.WARNING),
+        (REFUSED_START.format(1, "Failed to start") + REFUSED_START.format(2, "Started"), Verdict.CLEAR),
+        (REFUSED_START.format(1, "Started") + REFUSED_START.format(2, "Stopped"), Verdict.CLEAR),
+        (
+            "Job for nvidia-fabricmanager.service failed because a timeout was exceeded.\n# journalctl -u nvidia-fabricmanager\n"
+            + REFUSED_START.format(1, "Started"),
+            Verdict.WARNING,
+        ),
+        (
+            "Job for nvidia-fabricmanager.service failed because a timeout was exceeded.\n" + RUNNING,
+            Verdict.CLEAR,
+        ),
+    ],
+)
+def test_a_fabric_manager_that_could_not_be_started_is_told_by_systemd(
+    tmp_path: Path, lines: str, verdict: Verdict
+) -> None:
+    manager = "Nov 20 10:00:00 node1 nv-fabricmanager[2116]: Connected to 1 node.\n"
+    report = judged(tmp_path, manager + lines)
+    assert report.verdict is verdict, [r.finding.summary for r in report.findings]
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "verdict"),
+    [
+        ("NVIDIA GeForce GTX 1650", 2, Verdict.CLEAR),
+        ("NVIDIA L40S", 2, Verdict.CLEAR),
+        ("NVIDIA H100 80GB HBM3", 2, Verdict.WARNING),
+        ("NVIDIA H100 80GB HBM3", 1, Verdict.INCOMPLETE),
+        ("NVIDIA Q900 SXM9", 8, Verdict.WARNING),
+    ],
+)
+def test_a_manager_that_failed_is_no_fault_where_no_switch_can_be(
+    tmp_path: Path, name: str, gpus: int, verdict: Verdict
+) -> None:
+    failed = "Job for nvidia-fabricmanager.service failed because the control process exited with error code.\n"
+    report = judged(tmp_path, failed + "".join(f"GPU {n}: {name} (UUID: GPU-{n})\n" for n in range(gpus)))
+    assert report.verdict is verdict, [r.finding.summary for r in report.findings]
+
+
 @pytest.mark.parametrize(
     ("words", "mode"),
     [

@@ -458,6 +458,7 @@ def test_no_line_that_holds_a_literal_is_passed_over_unread(literal: str) -> Non
         ("AssertionError: local_world_size (16) must be less than or equal to the number of visible devices (8).", "launch-error", "world-size"),
         ("(autoscaler +3m2s) Error: No available node types can fulfill resource request {'GPU': 1.0}.", "launch-error", "world-size"),
         ("pod/vllm-0  0/1  OOMKilled  3", "worker-died", "host-memory"),
+        ("(raylet) node_manager.cc:31: 1 Workers (tasks / actors) killed due to memory pressure (OOM), 0 Workers crashed", "worker-died", "host-memory"),
         ("vllm-1 exited with code 137", "worker-died", None),
         ("nvidia-container-cli: initialization error: nvml error: driver/library version mismatch: unknown.", "nvml-error", "driver-library-mismatch"),
         ("  what():  Error (drv.cpp:298): system not yet initialized", "cuda-error", "system-not-initialized"),

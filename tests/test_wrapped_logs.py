@@ -59,6 +59,7 @@ WRAPPINGS: dict[str, Callable[[str], str]] = {
     "stern": lambda line: f"vllm-0 vllm {line}",
     "kubetail": lambda line: f"[vllm-0] {line}",
     "syslog": lambda line: f"2026-11-20T10:00:00.123456+00:00 node1 vllm: {line}",
+    "syslog, coloured": lambda line: "Nov 20 10:00:00 node1 vllm[123]: " + COLOURED.format(line).replace("\x1b", "#033"),
     "RFC 5424": lambda line: f"<14>1 2026-11-20T10:00:00.123Z node1 vllm 123 - - {line}",
     "Google Cloud": lambda line: as_json(textPayload=line, timestamp="2026-11-20T10:00:00.1Z", severity="ERROR"),
     "fluent-bit": lambda line: as_json(**{"@timestamp": "2026-11-20T10:00:00.1Z"}, message=line, level="info", kubernetes={}),

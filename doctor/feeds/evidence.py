@@ -622,7 +622,9 @@ class _Gathered:
         if not any(anchor in data for anchor in (b"abricmanager", b"Fabric Manager", b"fabric manager", b"[tid ")):
             return
         lines = [(match.start(), match[0]) for match in _FABRIC_LINE.finditer(data)]
-        if not lines:
+        text = data.decode("latin-1")
+        failed = systemctl_status.start_failed(text)
+        if not lines and not failed:
             return
         self.kinds.add("fabricmanager")
         messages: list[FabricMessage] = []
@@ -630,12 +632,11 @@ class _Gathered:
         for start, line in lines:
             number += data.count(b"\n", counted, start)
             counted = start
-            text = line.decode("utf-8", "replace")
-            messages += fabric_manager_log.read(text, name, first_line=number)
-        version = fabric_manager_log.version(data.decode("latin-1"))
+            messages += fabric_manager_log.read(line.decode("utf-8", "replace"), name, first_line=number)
+        version = fabric_manager_log.version(text)
         more = FabricManager(
-            unit_state=_NOT_GIVEN,
-            running=_NOT_GIVEN,
+            unit_state="failed" if failed else _NOT_GIVEN,
+            running=False if failed else _NOT_GIVEN,
             version=version or _NOT_GIVEN,
             messages=tuple(messages[-FABRIC_MESSAGES_MAX:]),
         )

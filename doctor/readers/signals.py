@@ -144,6 +144,8 @@ LIFE = (
     Signal("worker-died", " exited with code ", r"exited with code (?P<exit_code>13[2-9])"),
     Signal("worker-died", "OOMKilled", kind="host-memory"),
     Signal("worker-died", "killed due to the node running low on memory", kind="host-memory"),
+    Signal("worker-died", " killed due to memory pressure", r"\b[1-9]\d* Workers \(tasks / ?actors\) killed due to memory pressure", kind="host-memory"),
+    Signal("worker-died", "Refer to the documentation on how to address the out of memory issue", kind="host-memory"),
     Signal("worker-died", "worker died or was killed while executing"),
     Signal("worker-died", "The actor died unexpectedly before finishing"),
     Signal("worker-died", "Worker unexpectedly exits"),

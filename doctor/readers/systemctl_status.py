@@ -14,6 +14,10 @@ _UNIT = re.compile(r"^(?:(\S{1,3}) )?nvidia-fabricmanager\.service(?: - .*)?$", 
 _NO_UNIT = re.compile(r"^Unit nvidia-fabricmanager\.service could not be found", re.MULTILINE)
 _SYMBOLS = {"×": "failed", "○": "inactive"}
 """What the sign before the name says; `●` is both active and, before systemd 249, failed."""
+_START_FAILED = re.compile(
+    r"(?P<journal>Failed to start )(?:nvidia-fabricmanager|NVIDIA fabric manager)|Job for nvidia-fabricmanager\.service failed"
+)
+_STARTED = re.compile(r"Started (?:nvidia-fabricmanager|NVIDIA fabric manager)")
 _ACTIVE = re.compile(r"^[ \t]+Active: ([a-z-]+)", re.MULTILINE)
 _MAIN = re.compile(r"^[ \t]+Main PID: \d+ (?:\(nv-fabricmanage)?", re.MULTILINE)
 _EXITED = re.compile(r"^[ \t]+Main PID: \d+ \(code=", re.MULTILINE)
@@ -55,6 +59,19 @@ def read(text: str, name: str = "systemctl status", first_line: int = 1) -> Fabr
         version=version or Absent(Why.NOT_GIVEN, "the status does not tell the version"),
         messages=fabric_manager_log.read(text, name, first_line=first_line),
     )
+
+
+def start_failed(text: str) -> bool:
+    """Return whether the last that *text* tells of a start of the unit is that it failed.
+
+    That it was stopped proves nothing: every shutdown does that.
+    """
+    failures = list(_START_FAILED.finditer(text))
+    if not failures:
+        return False
+    if any(match["journal"] is None for match in failures):  # systemctl's answer, newer than a journal printed after it
+        return True
+    return _STARTED.search(text, failures[-1].end()) is None
 
 
 def with_more(manager: FabricManager, more: FabricManager) -> FabricManager:
