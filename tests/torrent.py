@@ -27,8 +27,8 @@ from doctor.collectors.collector import Visit
 from doctor.collectors.engine_log import EngineLogs
 
 BLOCK_BYTES = 1 << 18
-BLOCKS_A_MATCH = 8
-"""Every so many blocks a line that matters: 25 a second at 50 MB/s, of which a visit a second keeps all."""
+MATCHES_A_SECOND = 8
+"""Lines that matter: of six seconds of them a visit keeps all, however late a busy machine lets it come."""
 
 _NUMBER = re.compile(rb"fatal error\. #(\d+)")
 
@@ -78,7 +78,7 @@ def write(log: Path, mb_per_second: float, seconds: float) -> None:
         if ahead > 0:
             time.sleep(ahead)
         data = block
-        if blocks % BLOCKS_A_MATCH == 0:
+        if matches < (time.monotonic() - began) * MATCHES_A_SECOND:
             data = block + b"x" * dice.randrange(200) + b"\n" + FATAL.format(matches).encode()
             matches += 1
         while data:
