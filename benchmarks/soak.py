@@ -168,6 +168,8 @@ def tell(looks: list[Look], events: list[dict[str, Any]], expected: list[str], s
             f"{name:12} at first {at_first:7.1f}, from the second hour on {early:7.1f}, at the end {late:7.1f} "
             f"({grew:+.1%}, at most {limit:.0%}), highest {max(getattr(look, name) for look in looks):.1f}"
         )
+    by_hour = [median(look.pss for look in looks[at : at + 20]) for at in range(0, len(looks), 20)]
+    print("PSS, each third of an hour:", *(f"{pss:.1f}" for pss in by_hour))
     print("FAILED" if failed else "flat")
     return int(failed)
 

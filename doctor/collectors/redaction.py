@@ -124,5 +124,5 @@ def _clean(value: T) -> T:
     return value
 
 
-_clean_text = lru_cache(maxsize=4096)(text_without_secrets)
-"""Remembered: visits repeat most of what they say."""
+_clean_text = lru_cache(maxsize=1024)(text_without_secrets)
+"""Remembered: visits repeat most of what they say, some hundred texts. Lines of logs are new each time, and fill the rest."""
