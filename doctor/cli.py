@@ -336,7 +336,7 @@ def daemon(
     from doctor.door.address import address
 
     site, at = _site(config), address(listen)
-    recorder = _flight_recorder(state_dir or _service_folder(), site)
+    recorder = _flight_recorder(state_dir or _service_folder(), site, simulated=simulate is not None)
     positions = recorder.positions if recorder else ()
     access = GpuAccess()
     daemon.run(
@@ -587,14 +587,14 @@ def _replayed(path: Path) -> Iterator[Snapshot]:
     return recording.read(path)
 
 
-def _flight_recorder(directory: Path | None, site: Site) -> FlightRecorder | None:
+def _flight_recorder(directory: Path | None, site: Site, *, simulated: bool) -> FlightRecorder | None:
     if directory is None:
         return None
     from doctor.recorder.flight import FlightRecorder
     from doctor.recorder.folder import Bounds
 
     bounds = Bounds(max_bytes=site.recorder.max_bytes, max_age_seconds=site.recorder.max_age_days * 86400.0)
-    return FlightRecorder(directory, bounds, keep_seconds=KEEP_SECONDS)
+    return FlightRecorder(directory, bounds, keep_seconds=KEEP_SECONDS, simulated=simulated)
 
 
 def _report_of(at: str, window: str, directory: Path, site: Site) -> Report:

@@ -80,7 +80,7 @@ def test_reports_after_a_restart_are_those_without_one_to_the_byte(tmp_path: Pat
     visits = day(now)
     whole = judged(visits)
     recorded(tmp_path, whole[:25])
-    recorder = FlightRecorder(tmp_path, BOUNDS, keep_seconds=KEEP_SECONDS)
+    recorder = FlightRecorder(tmp_path, BOUNDS, keep_seconds=KEEP_SECONDS, simulated=True)
     recorder.close()
     resumed = judged(visits[25:], [entry.snapshot for entry in recorder.past])
     assert [json_report.render(r) for r in resumed] == [json_report.render(r) for r in whole[25:]]

@@ -28,7 +28,7 @@ from doctor.recorder.patch import difference, patched
 from doctor.recorder.segment import GROUP_VISITS, Entry
 from doctor.report import ReportedFinding
 from doctor.rule import Finding, Severity
-from doctor.snapshot import Snapshot, Why
+from doctor.snapshot import Node, Snapshot, Why
 
 BOUNDS = Bounds(max_bytes=64 << 20, max_age_seconds=7 * 86400.0)
 VISITS = nodes.healthy("hgx-h100-8", visits=8, every=10.0)
@@ -439,12 +439,22 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_restarted_recorder_brings_back_the_last_hour(tmp_path: Path) -> None:
-    one = FlightRecorder(tmp_path, BOUNDS, keep_seconds=3600.0)
+    one = FlightRecorder(tmp_path, BOUNDS, keep_seconds=3600.0, simulated=True)
     for entry in entries(SMALL[:20]):
         one.keep(entry)
     one.close()
-    other = FlightRecorder(tmp_path, BOUNDS, keep_seconds=3600.0)
+    other = FlightRecorder(tmp_path, BOUNDS, keep_seconds=3600.0, simulated=True)
     assert [entry.snapshot for entry in other.past] == list(SMALL[:20])
     other.keep(entries(SMALL[20:21])[0])
     other.close()
     assert snapshots(tmp_path) == list(SMALL[:21])
+
+
+def test_a_drill_and_the_real_node_share_a_folder_and_no_past(tmp_path: Path) -> None:
+    drill = list(SMALL[:5])
+    real = [msgspec.structs.replace(visit, node=Node(name="gpu-17")) for visit in SMALL[5:8]]
+    written(tmp_path, [*drill, *real])
+    for simulated, own in ((True, drill), (False, real)):
+        recorder = FlightRecorder(tmp_path, BOUNDS, keep_seconds=3600.0, simulated=simulated)
+        recorder.close()
+        assert [entry.snapshot for entry in recorder.past] == own

@@ -26,7 +26,8 @@ class FlightRecorder:
     """Writes every visit that it is given, in a thread of its own: a hung disk must not hold the daemon.
 
     Raises RecorderError where another daemon records into the same folder. A disk that refuses is no error: it is
-    told in `state`, and asked again at each visit.
+    told in `state`, and asked again at each visit. *simulated*: whether the visits are of a simulated node. A drill and
+    the real node may share a folder, and neither takes the other's past for its own.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class FlightRecorder:
         bounds: Bounds,
         *,
         keep_seconds: float,
+        simulated: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.directory = directory
@@ -43,6 +45,7 @@ class FlightRecorder:
         self.damaged = 0
         """Places of the recording that could not be read back."""
         self._clock = clock
+        self._simulated = simulated
         self._shelf = Shelf(directory, bounds)
         self._changed = threading.Condition()
         self._waiting: deque[tuple[int, Entry]] = deque()
@@ -155,7 +158,8 @@ class FlightRecorder:
         with self._changed:
             self._before = before
             if self._starts:
-                self.past, self.damaged = past, len(folder.unread)
+                self.past = tuple(e for e in past if e.snapshot.node.simulated is self._simulated)
+                self.damaged = len(folder.unread)
 
     def _written(self, number: int, entry: Entry) -> str:
         """Write, and return why it failed; empty: it did not."""
