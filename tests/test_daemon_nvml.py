@@ -23,7 +23,7 @@ from doctor.collectors.nvml import NvmlCollector
 from doctor.control import ControlError, Request, answer_of_daemon, control
 from doctor.feeds import simulated
 from doctor.recorder.folder import Folder
-from doctor.snapshot import Why
+from doctor.snapshot import Snapshot, Why
 
 PROGRAM = ("-m", "doctor", "daemon", "--listen", "127.0.0.1:0", "--interval", "0.5")
 
@@ -144,15 +144,15 @@ def test_a_child_that_is_stopped_or_killed_leaves_the_daemon_serving(tmp_path: P
 
 
 def test_a_gpu_that_is_taken_out_and_a_driver_that_is_reloaded_are_followed() -> None:
-    faults = ("gpu-removed:gpu=2,start=1,end=5", "driver-reloaded:start=6,down=1")
-    due = [3, 4, "595.54.03"]
+    faults = ("gpu-removed:gpu=2,start=1", "driver-reloaded:start=2,down=0.5")
     with closing(simulated.node("h100-nvl-4", faults, every=0.3)) as visits:  # type: ignore[type-var]
-        for snapshot in visits:
-            if due[0] in (len(snapshot.gpus), snapshot.stack.driver):
-                del due[0]
-            if not due:
-                break
-    assert len(snapshot.gpus) == 4
+
+        def followed() -> Snapshot | None:
+            snapshot = next(visits)
+            return snapshot if (len(snapshot.gpus), snapshot.stack.driver) == (3, "595.54.03") else None
+
+        snapshot = await_true(followed)
+    assert isinstance(snapshot, Snapshot)
     assert all(gpu.lost is False for gpu in snapshot.gpus)
 
 
