@@ -243,3 +243,23 @@ def test_what_nvidia_smi_says_in_place_of_a_table_is_judged(tmp_path: Path, word
 )  # fmt: skip
 def test_a_line_by_itself_tells_what_broke(tmp_path: Path, line: str, mode: str) -> None:
     assert first(judged(tmp_path, line + "\n")) == mode
+
+
+TORN = """INFO 11-20 10:00:00 llm_engine.py:70] Initializing an LLM engine with config: model='m', tensor_parallel_size=4
+{}
+  File "/opt/vllm/engine/llm_engine.py", line 12, in __init__
+    self._run_workers("profile")
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        (TORN.format("Traceback (most recent call last):"), Verdict.INCOMPLETE),
+        (TORN.format("MemoryError        Traceback (most recent call last)\nCell In[2], line 1\n----> 1 llm = LLM()"), Verdict.INCOMPLETE),
+        (TORN.format("Traceback (most recent call last):") + "INFO 11-20 10:00:01 [launcher.py:30] Route: /health\n", Verdict.CLEAR),
+        (TORN.format("Traceback (most recent call last):") + "RuntimeError: no such worker\n", Verdict.CRITICAL),
+    ],
+)  # fmt: skip
+def test_a_log_that_breaks_off_within_a_traceback_is_not_clear(tmp_path: Path, text: str, verdict: Verdict) -> None:
+    assert judged(tmp_path, text).verdict is verdict

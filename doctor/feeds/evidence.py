@@ -43,7 +43,7 @@ from doctor.readers import (
     vllm_metrics,
 )
 from doctor.readers.patterns import LogPattern
-from doctor.readers.vllm_log import LogReader, is_record, spelled_out
+from doctor.readers.vllm_log import LogReader, ends_in_traceback, is_record, spelled_out
 from doctor.readers.wrapping import unwrapped
 from doctor.snapshot import (
     OF_A_NODE,
@@ -503,6 +503,8 @@ class _Gathered:
             data = following if only_engine else self._without_documents(following, name)
         self._kernel(_bounded([*events, *kernel.finish()]), kernel, is_kernel=is_kernel)
         self._engine(engine, is_engine=is_engine)
+        if is_engine and len(first) < FIRST_BYTES and ends_in_traceback(rest):
+            self.complaints.append(f"{name}: it breaks off within a traceback, before the error is named")
         if not self.kinds & {"kernel-log", "engine-log", "fabricmanager"}:
             self._leftover(rest, name)
 

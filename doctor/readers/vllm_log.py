@@ -877,6 +877,22 @@ def is_record(line: bytes) -> bool:
     )
 
 
+def ends_in_traceback(text: bytes) -> bool:
+    """Whether *text* breaks off within a traceback: what it would have ended with is not known."""
+    for raw in reversed(text[-TRACEBACK_MAX_BYTES:].split(b"\n")):
+        for record in reversed(list(_records_of(raw[:1000].decode("utf-8", "replace"), None, 0.0))):
+            if "Traceback (most recent call last)" in record.text:
+                return True
+            if record.text.strip("`\r ") and not _IN_TRACEBACK.match(record.text):
+                return False
+    return False
+
+
+TRACEBACK_MAX_BYTES = 16 << 10
+_IN_TRACEBACK = re.compile(r"\s{2}|File |Cell In|-{2,}> ")
+"""Notebooks do not indent all of it."""
+
+
 # What a message says.
 
 
