@@ -451,8 +451,8 @@ class TestOldDriversAndRights:
 
 
 class TestNoDriver:
-    def test_a_machine_without_a_driver_says_so_and_nothing_is_opened(self, tmp_path: Path) -> None:
-        collector = NvmlCollector(root=tmp_path)
+    def test_a_machine_without_a_driver_says_so_and_no_child_is_started(self, tmp_path: Path) -> None:
+        collector = NvmlCollector(root=tmp_path, child=("/nowhere/child",))
         try:
             e = unseen(collector)
         finally:

@@ -44,6 +44,8 @@ the kernel does not hold, and a library that a fresh child could not use is left
 
 STILL_OPENING = "; it has not answered at all yet: without persistence mode opening the GPUs takes up to half a minute"
 
+DRIVER_SIGNS = ("sys/module/nvidia", "proc/driver/nvidia")
+
 GPU_OFF_THE_BUS = 79
 GSP_GONE = (119, 120)
 """Xid codes: GSP RPC timeout, GSP error."""
@@ -72,6 +74,7 @@ class NvmlCollector:
         *access*: who may tell it to let go of the GPUs.
         """
         self.deadline_seconds = patience_seconds + FEED_MARGIN_SECONDS
+        self._root = root
         self._command = [*child]
         if root is not None:
             self._command += ["--root", str(root)]
@@ -262,7 +265,12 @@ class NvmlCollector:
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """Start a child. It inherits no working directory, where a stray file could shadow one of its modules."""
+        """Start a child. It inherits no working directory, where a stray file could shadow one of its modules.
+
+        Not where no driver is loaded: the real nvmlInit makes device nodes then, when root calls it.
+        """
+        if self._root is not None and not any((self._root / sign).exists() for sign in DRIVER_SIGNS):
+            raise CannotSeeError(Absent(Why.NOT_PRESENT, "no NVIDIA driver is loaded"))
         home = str(Path(doctor.__file__).parent.parent)
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:

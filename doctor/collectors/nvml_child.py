@@ -687,13 +687,6 @@ class Nvml:
     def __init__(self, root: Path | None) -> None:
         """Open it. Raises CannotStartError."""
         self._root = root
-        # Without a driver the real nvmlInit makes device nodes, when root calls it.
-        if (
-            root is not None
-            and not (root / "sys/module/nvidia").exists()
-            and not (root / "proc/driver/nvidia").exists()
-        ):
-            raise CannotStartError(Absent(Why.NOT_PRESENT, "no NVIDIA driver is loaded"))
         answer = ask("nvmlInit")
         if isinstance(answer, Absent):
             raise CannotStartError(NO_DEVICE_NODE if answer.why is Why.NO_PERMISSION else answer)
