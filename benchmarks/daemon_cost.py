@@ -311,7 +311,10 @@ def tell(measured: list[Subject], seconds: float, parts: dict[str, list[float]],
         )
     for subject in measured:
         each = zip(subject.cpu_by_process.values(), parts[subject.name], strict=False)
-        print(f"{subject.name}, by process, answering in it:", *(f"{cpu / seconds:.3%} {megabytes:.1f} MB," for cpu, megabytes in each))
+        print(
+            f"{subject.name}, by process, answering in it:",
+            *(f"{cpu / seconds:.3%} {megabytes:.1f} MB," for cpu, megabytes in each),
+        )
     ours = measured[0]
     ours_cpu = sum(ours.cpu_seconds) / seconds
     for other in measured[1:]:
