@@ -103,7 +103,7 @@ def main() -> int:
     faults = list(timetable(seconds))
     with tempfile.TemporaryDirectory(prefix="gpu-doctor-soak-") as place:
         port, log, config = free_port(), Path(place) / "log", Path(place) / "config.toml"
-        config.write_text(f"[collectors.nvml]\ndeadline_seconds = {min(60.0, 3.0 * given.speed)}\n")
+        config.write_text(f"[collectors.nvml]\ndeadline_seconds = {min(60.0, max(5.5, 3.0 * given.speed))}\n")
         command = [
             *(sys.executable, "-m", "doctor", "daemon", "--simulate", PROFILE, "--interval", f"{given.interval:g}"),
             *("--config", str(config), "--listen", f"127.0.0.1:{port}", "--state-dir", str(Path(place) / "state")),

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 
 from doctor import drop_ins, log_patterns
-from doctor.collectors.collector import INTERVAL_SECONDS, Pace
+from doctor.collectors.collector import DEADLINE_MIN_SECONDS, INTERVAL_SECONDS, Pace
 from doctor.readers.patterns import LogPattern
 from doctor.rule import AnyRule, Severity
 from doctor.silence import Moment, Silence
@@ -92,6 +92,13 @@ def read(path: Path) -> Site:
             msg = (
                 f"{path}: [collectors.{source.value}] interval_seconds: it is read at every visit, or its counters would "
                 f"seem to stand still; an interval of its own have {others}"
+            )
+            raise ConfigError(msg)
+        least = DEADLINE_MIN_SECONDS.get(source, 0.0)
+        if pace.deadline_seconds is not None and pace.deadline_seconds < least:
+            msg = (
+                f"{path}: [collectors.{source.value}] deadline_seconds: at least {least:g}; what is only slow would be "
+                "taken for dead"
             )
             raise ConfigError(msg)
     return Site(**{name: getattr(sections, name) for name in Sections.__struct_fields__}, file=str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import NoReturn
 
 import pytest
@@ -11,6 +12,9 @@ from doctor import diagnose
 
 settings.register_profile("busy", deadline=None)  # no test may depend on the speed of the machine
 settings.load_profile("busy")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background: the programs under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

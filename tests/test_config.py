@@ -139,6 +139,7 @@ def test_a_wrong_log_pattern_is_refused_with_its_place(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("[collectors.stack]\ninterval_seconds = -1", "Expected `float` >= 0"),
+        ("[collectors.nvml]\ndeadline_seconds = 2", "at least 5.5"),
         ("[collectors.nvml]\ndeadline_seconds = 3600", "Expected `float` <= 60"),
         ("[collectors.nvml]\ninterval_seconds = 30", "its counters would seem to stand still"),
         ("[collectors.recorder]\ndeadline_seconds = 1", "no collector reads it"),

@@ -122,7 +122,7 @@ def test_gpus_are_not_let_go_for_ever(hold: str, tmp_path: Path) -> None:
 
 def test_a_child_that_is_stopped_or_killed_leaves_the_daemon_serving(tmp_path: Path) -> None:
     config = tmp_path / "site.toml"
-    config.write_text("[collectors.nvml]\ndeadline_seconds = 2\n")
+    config.write_text("[collectors.nvml]\ndeadline_seconds = 5.5\n")
     state = tmp_path / "state"
     with running(*PROGRAM, "--simulate", "hgx-h100-4", "--config", str(config), "--state-dir", str(state)) as daemon:
         for number in (signal.SIGSTOP, signal.SIGKILL):

@@ -55,6 +55,11 @@ Another engine, GPU or driver has it asked at once. A source that is not here is
 would seem to stand still, its news come late, or it is judged side by side with what the same visit saw elsewhere."""
 
 
+DEADLINE_MIN_SECONDS: Mapping[Source, float] = {Source.NVML: 5.5}
+"""A shorter wait would take a driver that is slow, or a child that is still starting, for a dead one: `driver-unresponsive`
+counts 5 s of silence, and the collector needs half a second to tell of it."""
+
+
 class Collector(Protocol):
     """One source. A collector keeps what it needs between visits (an offset, a child process) to itself."""
 
