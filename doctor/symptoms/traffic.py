@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from operator import attrgetter
 
 import msgspec
 
 from doctor.history import History
 from doctor.snapshot import Absent, EngineMetrics, Histogram, Maybe, Why, known
 
-_COUNTERS = ("generation_tokens_total", "prompt_tokens_total", "requests_succeeded_total", "steps_total")
+_counted = attrgetter("generation_tokens_total", "prompt_tokens_total", "requests_succeeded_total", "steps_total")
 """Any of these below its predecessor: the engine began anew."""
 
 
@@ -84,8 +85,8 @@ def too_short(seconds: float) -> Absent:
 
 def _present_life(pages: list[EngineMetrics]) -> tuple[EngineMetrics, ...]:
     begun = 0
-    for i, (before, after) in enumerate(pairwise(pages), start=1):
-        if any(_fell(getattr(before, name), getattr(after, name)) for name in _COUNTERS):
+    for i, (before, after) in enumerate(pairwise(map(_counted, pages)), start=1):
+        if any(map(_fell, before, after)):
             begun = i
     return tuple(pages[begun:])
 
