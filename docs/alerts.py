@@ -227,7 +227,7 @@ OWN = (
     Alert(
         "GpuDoctorCollectorFailing",
         "gpu_doctor_collector_success == 0 and on (job, instance, collector) label_replace("
-        'gpu_doctor_unseen{reason!~"not-given|not-present|not-supported"}, "collector", "$1", "source", "(.*)")',
+        'gpu_doctor_unseen{reason!~"not-given|not-present|not-supported"} unless on (job, instance, source) gpu_doctor_optional, "collector", "$1", "source", "(.*)")',
         "15m",  # guess: as for GpuDoctorIncomplete
         "warning",
         "gpu-doctor on {{ $labels.instance }}: the collector {{ $labels.collector }} has failed for 15 minutes.",

@@ -38,7 +38,9 @@ def generated() -> Iterator[tuple[str, str]]:
     if confusion is not None:
         yield "docs/confusion.md", confusion
     alerts = runpy.run_path(str(ROOT / "docs" / "alerts.py"))
-    yield "packaging/prometheus/gpu-doctor.rules.yml", alerts["page"]()
+    rules = alerts["page"]()
+    yield "packaging/prometheus/gpu-doctor.rules.yml", rules
+    yield "packaging/kubernetes/monitoring/prometheus-rule.yaml", prometheus_rule(rules)
     yield "packaging/prometheus/alertmanager-example.yml", alerts["alertmanager_page"]()
     if find_spec("grafana_foundation_sdk"):  # which needs Python 3.11: elsewhere the file stays as it is
         dashboard = runpy.run_path(str(ROOT / "docs" / "dashboard.py"))

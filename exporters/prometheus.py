@@ -130,6 +130,8 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
     """What the daemon tells about itself."""
 
     version: str
+    optional: frozenset[Source] = frozenset()
+    """Sources that the site does without."""
     started_at: float | None = None
     """Unix time, seconds."""
     costs: Mapping[str, Cost] = {}
@@ -230,6 +232,12 @@ def families(report: Report | None, tally: Tally | None, own: Own) -> Iterator[F
 
 def _of_the_daemon(own: Own) -> Iterator[Family]:
     yield Family("gpu_doctor_build_info", "The version of gpu-doctor.", ("version",), {(own.version,): 1.0})
+    yield Family(
+        "gpu_doctor_optional",
+        "1 for each source that the site says it does without.",
+        ("source",),
+        {(name,): 1.0 for name in sorted(source.value for source in own.optional)},
+    )
     yield _single("process_start_time_seconds", "When the daemon started, Unix time.", own.started_at)
     yield Family(
         "gpu_doctor_process_cpu_seconds_total",

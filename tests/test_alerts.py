@@ -28,7 +28,7 @@ from doctor.history import History
 from doctor.report import Report, Verdict, essential_sources
 from doctor.rule import Evidence, Finding, NoLimits, Severity, rule
 from doctor.silence import Silence
-from doctor.snapshot import Absent, Unseen, Why
+from doctor.snapshot import Absent, Source, Unseen, Why
 from exporters.prometheus import TEXT, Own, Tally, Writer, families
 from rules import RULES
 
@@ -331,12 +331,15 @@ def test_alerts_about_the_daemon_fire_after_their_time_and_end(tmp_path: Path) -
     assert scrape.verdict is Verdict.INCOMPLETE
     (cracked,) = watch([seen.snapshot], (*RULES, broken), keep=3600)
     (site,) = watch([seen.snapshot], (*RULES, door), keep=3600)
+    without = frozenset({Source.ENGINE_METRICS})
+    (does_without,) = watch([scrape.snapshot], RULES, keep=3600, optional=without)
     sees_nothing = blinded(HEALTHY[0])
     shown: dict[str, Page | None] = {
         "down": None,
         "stale": page(None),
         "blind": page(sees_nothing),
         "incomplete": page(scrape),
+        "optional": page(does_without, optional=without),
         "no-library": page(last(NO_LIBRARY)),
         "broken": page(cracked),
         "refused": page(seen, web_config_loaded=False),

@@ -17,11 +17,26 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from doctor.report import Report
-from doctor.snapshot import Absent, Gpu, NvLink, Power, Rank, Recorder, Sample, Snapshot, Sxid, Thermal, Why, Xid
+from doctor.snapshot import (
+    Absent,
+    Gpu,
+    NvLink,
+    Power,
+    Rank,
+    Recorder,
+    Sample,
+    Snapshot,
+    Source,
+    Sxid,
+    Thermal,
+    Why,
+    Xid,
+)
 from exporters.prometheus import OPENMETRICS, SERIES_MAX, TEXT, Cost, Family, Own, Tally, Writer, families
 
 OWN = Own(
     version="0.0.0",
+    optional=frozenset({Source.ENGINE_METRICS}),
     started_at=reports.AT - 3600,
     costs={"daemon": Cost(12.5, 40_000_000, 36_000_000), "children": Cost(3.25, 30_000_000, 17_000_000)},
     threads=4,
@@ -129,7 +144,7 @@ def test_nothing_is_told_where_there_is_no_fresh_report() -> None:
     tally = Tally()
     tally.add(reports.lost_gpu())
     names = {line.split("{")[0].split()[0] for line in page(None, tally).splitlines() if not line.startswith("#")}
-    own = ("build_info", "process_", "http_", "web_config_", "loop_lag", "series_left_out")
+    own = ("build_info", "optional", "process_", "http_", "web_config_", "loop_lag", "series_left_out")
     counted = ("visits_total", "xids_total", "nccl_timeouts_total", "oom_kills_total", "engine_log_lines_")
     assert {name for name in names if not name.removeprefix("gpu_doctor_").startswith((*own, *counted))} == set()
     assert "gpu_doctor_xids_total" in names

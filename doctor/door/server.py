@@ -64,6 +64,7 @@ class Door:
     ) -> None:
         self._listen = listen
         self._version = version
+        self._optional = optional
         self._log = log
         self._board: Board[Shown] = Board(interval_seconds)
         self._desk = Desk(self._board, tally, self._own, optional)
@@ -119,6 +120,7 @@ class Door:
     def _own(self) -> Own:
         return Own(
             version=self._version,
+            optional=self._optional,
             started_at=self._started_at,
             costs=cost.costs(),
             threads=cost.number_of_threads(),
