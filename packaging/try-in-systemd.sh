@@ -40,7 +40,11 @@ await() { # SECONDS WHAT COMMAND…
 }
 active() { [ "$(shown ActiveState)" = active ]; }
 status_tells() { shown StatusText | grep -q "$1"; }
-another_pid() { active && [ "$(shown MainPID)" != "$pid" ]; }
+another_pid() { # 0: there is none, and a kill would hit this script
+    local now
+    now=$(shown MainPID)
+    [ "$now" != 0 ] && [ "$now" != "$pid" ] && active
+}
 served() { # PATH
     python3 -c 'import sys, urllib.request as u; print(u.urlopen("http://127.0.0.1:9481" + sys.argv[1], timeout=5).read().decode())' "$1" 2>/dev/null
 }
