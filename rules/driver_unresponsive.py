@@ -39,8 +39,8 @@ def RULE(history: History, limits: Limits) -> Iterator[Finding]:
     blocked = latest.nvml_blocked_seconds
     why = latest.why_unseen(Source.NVML)
     timed_out = why is not None and why.why is Why.TIMED_OUT
-    if blocked < limits.blocked_seconds and not timed_out:
-        return
+    if not blocked or (blocked < limits.blocked_seconds and not timed_out):
+        return  # it was not the driver that kept the visit waiting, but want of a processor
     if _is_without_driver(latest):
         return  # the child that would ask is slow to come up on a busy node: there is nobody to be silent
     since = _silent_since(history)
@@ -76,7 +76,7 @@ def _silent_since(history: History) -> float:
     """Return when NVML began to be silent: as long ago as the visit waited, or as the visits without it go back."""
     since = history.now
     for snapshot in reversed(history.snapshots):
-        if Source.NVML in snapshot.seen:
+        if Source.NVML in snapshot.seen or not snapshot.nvml_blocked_seconds:
             break
         since = snapshot.at
     return min(since, history.now - history.latest.nvml_blocked_seconds)

@@ -474,6 +474,23 @@ class TestNoDriver:
 
 
 class TestSilence:
+    def test_a_child_without_a_processor_says_nothing_of_the_driver(
+        self, switched: Switched, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        collector, switches = switched("hgx-h100-8")
+        collector.deadline_seconds = 0.4 + FEED_MARGIN_SECONDS
+        waited = itertools.count(0.0, 3600.0)
+
+        def starved(_pid: int) -> float:
+            return next(waited)
+
+        monkeypatch.setattr(nvml, "_starved_seconds", starved)
+        (switches / "hang").touch()
+        e = unseen(collector)
+        assert e.why.why is Why.TIMED_OUT
+        assert "this machine is overloaded" in e.why.detail
+        assert e.fields == {}
+
     def test_a_hung_driver_is_answered_within_the_deadline_and_counted_on(self, switched: Switched) -> None:
         collector, switches = switched("hgx-h100-8")
         pid = collector.child_pid

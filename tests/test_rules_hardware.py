@@ -296,6 +296,21 @@ def test_where_no_driver_is_loaded_none_is_silent() -> None:
     assert nodes.found(driver_unresponsive.RULE, sick) == ()
 
 
+def test_a_visit_that_had_no_processor_says_nothing_of_the_driver() -> None:
+    """Seen on a machine with a load of 15 on two processors: NVML's child and the visit itself came too late."""
+    late = nodes.each(
+        nodes.healthy("hgx-h100-4", visits=3), lambda s: nodes.put(nodes.hung(s), nvml_blocked_seconds=0.0)
+    )
+    assert nodes.found(driver_unresponsive.RULE, late) == ()
+
+
+def test_silence_is_counted_from_its_first_visit_not_from_when_the_gpus_were_let_go() -> None:
+    first, second, third = nodes.healthy("hgx-h100-4", visits=3)
+    let_go = nodes.each((first, second), lambda s: nodes.unseen(s, Source.NVML, why=Why.NOT_ASKED))
+    finding = one(driver_unresponsive.RULE, (*let_go, nodes.hung(third, 6.0)))
+    assert "for 6 s" in finding.summary
+
+
 def test_a_task_in_state_d_beside_an_answering_driver_is_no_fault() -> None:
     visits = nodes.each(
         nodes.healthy("hgx-h100-4"),

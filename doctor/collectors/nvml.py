@@ -92,6 +92,7 @@ class NvmlCollector:
         self._decoder = msgspec.msgpack.Decoder(Answer)
         self._asked: Ask | None = None
         self._asked_at = 0.0
+        self._starved_before = 0.0
         self._number = 0
         self._answered_visit = -math.inf
         """`Visit.at` of the last visit that got an answer."""
@@ -296,6 +297,7 @@ class NvmlCollector:
         self._number += 1
         self._asked = Ask(self._number, tuple(sorted(self._left_alone)))
         self._asked_at = time.monotonic()
+        self._starved_before = _starved_seconds(child.pid)
         with contextlib.suppress(BrokenPipeError):  # It is gone: reading says so, and how.
             child.stdin.write(frame(self._asked))
             child.stdin.flush()
@@ -348,6 +350,10 @@ class NvmlCollector:
             return CannotSeeError(Absent(Why.FAILED, what))
         if seconds > PROBE_SECONDS and state != "D":
             self._end()
+        starved = _starved_seconds(child.pid) - self._starved_before
+        if starved > seconds / 2:  # nothing is said of the driver: `nvml_blocked_seconds` is left out
+            what = f"the NVML child waited {starved:.0f} of {seconds:.0f} s for a processor: this machine is overloaded"
+            return CannotSeeError(Absent(Why.TIMED_OUT, what))
         opening = "" if self._answered_visit > -math.inf else STILL_OPENING
         return CannotSeeError(
             Absent(Why.TIMED_OUT, f"NVML has not answered for {seconds:.0f} s{opening}"),
@@ -400,6 +406,14 @@ def _ended(child: subprocess.Popen[bytes], seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return True
+
+
+def _starved_seconds(pid: int) -> float:
+    """Return how long a process was ready to run and had no processor (proc(5), `schedstat`); 0 where nobody knows."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _state(pid: int) -> str:
