@@ -9,7 +9,7 @@ from doctor.machine.serving import Serving
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import Absent, Source, Why, known
 from doctor.symptoms.engine_log import EngineLog, Incident, incidents
-from doctor.symptoms.served import BEYOND_ROOM, Served, unproven
+from doctor.symptoms.served import BEYOND_ROOM, Served, unexplained
 
 GIB = 1 << 30
 
@@ -27,9 +27,8 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding | Absent]:
     for log, incident in incidents(history):
         if incident.cause.signal in ("kv-cache-too-small", "no-kv-blocks"):
             yield _refused(log, incident)
-    for one in unproven(history):
-        if not one.told:
-            yield from _predicted(one)
+    for one in unexplained(history):
+        yield from _predicted(one)
 
 
 def _refused(log: EngineLog, incident: Incident) -> Finding:

@@ -8,7 +8,7 @@ from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import Absent, Source, Why, known
 from doctor.symptoms.refusals import Reason, Refusal, refused_for
-from doctor.symptoms.served import Served, unproven
+from doctor.symptoms.served import Served, unexplained
 
 FIELDS = {"fp8-block": "weight_block_size", "group": "group_size"}
 """Kind of obstacle → where `quantization_config` says its unit."""
@@ -27,9 +27,8 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding | Absent]:
     """Take the engine's refusal, with the shard's width and the block's; before it refuses, divide."""
     for refusal in refused_for(history, Reason.BLOCKS):
         yield _refused(refusal)
-    for one in unproven(history):
-        if not one.told:
-            yield from _predicted(one)
+    for one in unexplained(history):
+        yield from _predicted(one)
 
 
 def _refused(refusal: Refusal) -> Finding:

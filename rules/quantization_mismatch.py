@@ -8,7 +8,7 @@ from doctor.history import History
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import Absent, Source, Why, known, or_none
 from doctor.symptoms.refusals import Reason, Refusal, is_tile, refused_for
-from doctor.symptoms.served import Served, unproven
+from doctor.symptoms.served import Served, unexplained
 
 WORDS = {
     "quantization-mismatch": "the checkpoint's quantization is not what the command line asks for",
@@ -37,9 +37,8 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding | Absent]:
     """Take the engine's refusal; before it refuses, compare the flag with config.json."""
     for refusal in refused_for(history, Reason.FORMAT):
         yield _refused(refusal)
-    for one in unproven(history):
-        if not one.told:
-            yield from _predicted(one)
+    for one in unexplained(history):
+        yield from _predicted(one)
 
 
 def _refused(refusal: Refusal) -> Finding:

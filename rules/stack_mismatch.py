@@ -248,28 +248,31 @@ def _wrong_capability(history: History, engine: Engine, release: EngineRelease) 
             yield _too_new(gpu, engine, release)
             return
         if gpu.compute_capability < floor:
-            have = ".".join(map(str, gpu.compute_capability))
             yield Finding(
-                summary=f"GPU {gpu.index} has compute capability {have}; vLLM {release.version} is built for "
+                summary=f"GPU {gpu.index} has compute capability {_capability(gpu)}; vLLM {release.version} is built for "
                 f"{release.capability_min} and newer",
-                evidence=(
-                    Evidence(Source.NVML.value, f"GPU {gpu.index}: compute capability", have),
-                    Evidence(Source.STACK.value, f"environment of engine {engine.pid}", f"vLLM {release.version}"),
-                ),
+                evidence=_card_and_release(gpu, engine, release),
                 subject=Subject(engine=engine.id, gpus=(gpu.uuid,)),
             )
             return
 
 
 def _too_new(gpu: Gpu, engine: Engine, release: EngineRelease) -> Finding:
-    have = ".".join(map(str, gpu.compute_capability)) if known(gpu.compute_capability) else ""
     return Finding(
-        summary=f"GPU {gpu.index} has compute capability {have}, newer than any that vLLM {release.version} is compiled for "
+        summary=f"GPU {gpu.index} has compute capability {_capability(gpu)}, newer than any that vLLM {release.version} is compiled for "
         f"(up to {release.architectures[-1]})",
-        evidence=(
-            Evidence(Source.NVML.value, f"GPU {gpu.index}: compute capability", have),
-            Evidence(Source.STACK.value, f"environment of engine {engine.pid}", f"vLLM {release.version}"),
-        ),
+        evidence=_card_and_release(gpu, engine, release),
         confidence=Confidence.MEDIUM,
         subject=Subject(engine=engine.id, gpus=(gpu.uuid,)),
     )
+
+
+def _card_and_release(gpu: Gpu, engine: Engine, release: EngineRelease) -> tuple[Evidence, ...]:
+    return (
+        Evidence(Source.NVML.value, f"GPU {gpu.index}: compute capability", _capability(gpu)),
+        Evidence(Source.STACK.value, f"environment of engine {engine.pid}", f"vLLM {release.version}"),
+    )
+
+
+def _capability(gpu: Gpu) -> str:
+    return ".".join(map(str, gpu.compute_capability)) if known(gpu.compute_capability) else ""

@@ -9,7 +9,7 @@ from doctor.machine.fit import Obstacle
 from doctor.rule import Confidence, Evidence, Finding, NoLimits, Severity, Subject, rule
 from doctor.snapshot import Absent, Source, Why
 from doctor.symptoms.refusals import Reason, Refusal, is_tile, refused_for
-from doctor.symptoms.served import Served, unproven
+from doctor.symptoms.served import Served, unexplained
 
 SPLIT = frozenset({"heads", "kv-heads", "width"})
 """Kinds of obstacles that have to do with the number of ranks alone."""
@@ -29,9 +29,8 @@ def RULE(history: History, _: NoLimits) -> Iterator[Finding | Absent]:
     """Take the engine's refusal, and name the sizes that divide; before it refuses, divide."""
     for refusal in refused_for(history, Reason.SPLIT):
         yield _refused(refusal)
-    for one in unproven(history):
-        if not one.told:
-            yield from _predicted(one)
+    for one in unexplained(history):
+        yield from _predicted(one)
 
 
 def _refused(refusal: Refusal) -> Finding:

@@ -150,6 +150,11 @@ def unproven(history: History) -> tuple[Served, ...]:
     )
 
 
+def unexplained(history: History) -> tuple[Served, ...]:
+    """Return those that are `unproven` and whose own log does not name why they died: there is something to foretell."""
+    return tuple(one for one in unproven(history) if not one.told)
+
+
 def _vanished(history: History) -> tuple[Served, ...]:
     """Return the engines that earlier visits saw and the last one does not, unless somebody stopped or replaced them."""
     if history.latest.why_unseen(Source.PROCESSES) is not None:
