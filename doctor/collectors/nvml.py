@@ -26,6 +26,7 @@ import doctor
 from doctor.collectors.collector import CannotSeeError, Reading, Visit
 from doctor.collectors.gpu_access import GpuAccess
 from doctor.collectors.nvml_frames import FRAME_MAX_BYTES, LENGTH, Answer, Ask, frame
+from doctor.collectors.tasks import task_of
 from doctor.snapshot import Absent, Snapshot, Source, Why, Xid, known, or_none
 
 CHILD = (sys.executable, "-m", "doctor.collectors.nvml_child")
@@ -418,8 +419,5 @@ def _starved_seconds(pid: int) -> float:
 
 def _state(pid: int) -> str:
     """Return the letter of a process's state; empty: there is none."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return status.rpartition(")")[2].split()[0]
+    task = task_of(f"/proc/{pid}")
+    return task.state if task else ""

@@ -108,16 +108,6 @@ _PATHS: dict[str, tuple[str, ...]] = {
 """Column → path of labels in the plain log."""
 
 _REASON_COLUMN = re.compile(r"clocks_(?:event|throttle)_reasons\.(\w+)$")
-_REASON_LABELS = {
-    "gpu_idle": "Idle",
-    "applications_clocks_setting": "Applications Clocks Setting",
-    "sw_power_cap": "SW Power Cap",
-    "hw_slowdown": "HW Slowdown",
-    "hw_thermal_slowdown": "HW Thermal Slowdown",
-    "hw_power_brake_slowdown": "HW Power Brake Slowdown",
-    "sw_thermal_slowdown": "SW Thermal Slowdown",
-    "sync_boost": "Sync Boost",
-}
 
 _OTHERS = frozenset({"timestamp", "index", "count", "driver_version", "compute_cap", "hostname"})
 """Columns that are no label of a GPU's log."""
@@ -243,7 +233,7 @@ def _gpu(row: Mapping[str, str], index: int) -> Gpu:
     values: dict[tuple[str, ...], str] = {}
     for name, value in row.items():
         reason = _REASON_COLUMN.match(name)
-        label = _REASON_LABELS.get(reason[1]) if reason else None
+        label = nvidia_smi_q.REASON_LABELS.get(reason[1]) if reason else None
         path = ("Clocks Event Reasons", label) if label else _PATHS.get(name)
         if path is not None:
             values[path] = _plain(value, path)

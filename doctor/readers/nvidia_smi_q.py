@@ -68,6 +68,18 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 _CAPABILITIES = {"Volta": (7, 0), "Turing": (7, 5), "Ada Lovelace": (8, 9), "Hopper": (9, 0)}
 """Architectures of one compute capability; Ampere and Blackwell have several."""
 
+REASON_LABELS = {
+    "gpu_idle": "Idle",
+    "applications_clocks_setting": "Applications Clocks Setting",
+    "sw_power_cap": "SW Power Cap",
+    "hw_slowdown": "HW Slowdown",
+    "hw_thermal_slowdown": "HW Thermal Slowdown",
+    "hw_power_brake_slowdown": "HW Power Brake Slowdown",
+    "sw_thermal_slowdown": "SW Thermal Slowdown",
+    "sync_boost": "Sync Boost",
+}
+"""A clocks event reason as the XML and the columns of a query name it → its label in the plain log."""
+
 _EVENT_REASONS = {
     "Idle": "idle",
     "Applications Clocks Setting": "applications-clocks",

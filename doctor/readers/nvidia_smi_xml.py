@@ -100,12 +100,7 @@ _LABELS = {
     "clocks_event_reasons_counters_sw_therm_slowdown": "SW Thermal Slowdown",
     "clocks_event_reasons_counters_hw_therm_slowdown": "HW Thermal Slowdown",
     "clocks_event_reasons_counters_hw_power_brake": "HW Power Braking",
-    "gpu_idle": "Idle",
-    "sw_power_cap": "SW Power Cap",
-    "hw_slowdown": "HW Slowdown",
-    "hw_thermal_slowdown": "HW Thermal Slowdown",
-    "hw_power_brake_slowdown": "HW Power Brake Slowdown",
-    "sw_thermal_slowdown": "SW Thermal Slowdown",
+    **nvidia_smi_q.REASON_LABELS,
     # Processes
     "pid": "Process ID",
     "process_name": "Name",
