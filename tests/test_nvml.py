@@ -685,7 +685,8 @@ class TestRenewal:
     )
     def test_a_driver_that_is_gone_is_one_reason_and_no_gpu(self, status: int, reason: str, switched: Switched) -> None:
         collector, switches = switched("l40s-4")
-        (switches / "status").write_text(str(status))
+        (switches / "unfinished").write_text(str(status))
+        (switches / "unfinished").rename(switches / "status")  # whole at once: the child looks ten times a second
         for _ in range(2):
             assert reason in unseen(collector).why.detail
             assert collector.child_pid is None

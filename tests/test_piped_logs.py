@@ -124,7 +124,7 @@ def test_a_real_tee_is_followed_until_after_its_end(tmp_path: Path) -> None:
         cat.stdin.close()
         vllm.stdin.write(READY)
         vllm.stdin.flush()
-        await_true(lambda: log.stat().st_size == len(READY))
+        await_true(lambda: log.exists() and log.stat().st_size == len(READY))
         engine = next(e for e in engines_of(Path("/")) if e.pid == vllm.pid)
         collector = EngineLogs()
         assert told(collector, engine) == (str(log), ["startup-complete"])
