@@ -130,6 +130,13 @@ def why(value: object) -> Why:
     return value.why
 
 
+def flip(switch: Path, text: str) -> None:
+    """Write a switch whole at once: the child looks at it ten times a second."""
+    unfinished = switch.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    unfinished.rename(switch)
+
+
 class TestHealthyNodes:
     @pytest.mark.parametrize("profile", PROFILES)
     def test_a_node_is_what_its_product_sheet_says(self, profile: str, node: Node) -> None:
@@ -288,7 +295,7 @@ class TestFaultyNodes:
         collector, switches = switched("hgx-h100-8")
         before = gpus(collector)[2]
         assert before.lost is False
-        (switches / "lost").write_text("2")
+        flip(switches / "lost", "2")
         reading = look(collector)
         gone = reading.fields["gpus"][2]
         assert gone.lost is True
@@ -654,7 +661,7 @@ class TestSilence:
 
     def test_what_nvml_called_lost_stays_lost_when_it_is_left_alone(self, switched: Switched) -> None:
         collector, switches = switched("hgx-h100-8")
-        (switches / "lost").write_text("3")
+        flip(switches / "lost", "3")
         lost = gpus(collector)[3]
         assert known(lost.pci_address)
         heed(collector, xid(79, lost.pci_address, at=time.time() - 0.3))
@@ -670,7 +677,7 @@ class TestRenewal:
     def test_a_driver_that_was_reloaded_is_seen_by_a_fresh_child(self, switched: Switched) -> None:
         collector, switches = switched("l40s-4")
         pid = collector.child_pid
-        (switches / "status").write_text(str(pynvml.NVML_ERROR_UNINITIALIZED))
+        flip(switches / "status", str(pynvml.NVML_ERROR_UNINITIALIZED))
         assert "reloaded since NVML was opened" in unseen(collector).why.detail
         (switches / "status").unlink()
         assert len(gpus(collector)) == 4
@@ -685,8 +692,7 @@ class TestRenewal:
     )
     def test_a_driver_that_is_gone_is_one_reason_and_no_gpu(self, status: int, reason: str, switched: Switched) -> None:
         collector, switches = switched("l40s-4")
-        (switches / "unfinished").write_text(str(status))
-        (switches / "unfinished").rename(switches / "status")  # whole at once: the child looks ten times a second
+        flip(switches / "status", str(status))
         for _ in range(2):
             assert reason in unseen(collector).why.detail
             assert collector.child_pid is None
@@ -696,7 +702,7 @@ class TestRenewal:
     def test_a_gpu_that_is_taken_out_and_put_back_is_followed_in_the_same_visit(self, switched: Switched) -> None:
         collector, switches = switched("l40s-4")
         uuids = [gpu.uuid for gpu in gpus(collector)]
-        (switches / "gone").write_text("1")
+        flip(switches / "gone", "1")
         assert [gpu.uuid for gpu in gpus(collector)] == [uuids[0], *uuids[2:]]
         assert [gpu.lost for gpu in gpus(collector)] == [False] * 3
         (switches / "gone").unlink()
